@@ -1,0 +1,67 @@
+"""A quantization compiler for exported models.
+
+    from qcompiler import CompileOptions, compile_model
+
+    result = compile_model("model.onnx", CompileOptions(scheme="w4a16:b32"))
+    print(result.path, result.report.summary.average_bits)
+
+Names are imported on first use, so that `import qcompiler` and `qcompile --help` stay quick.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompiler.compile import CompileResult, compile_model
+    from qcompiler.errors import (
+        InternalError,
+        ModelError,
+        ParityError,
+        QCompilerError,
+        TargetError,
+        UsageError,
+    )
+    from qcompiler.pipeline import CompileOptions, Verification
+    from qcompiler.quant.ranges import RangeMethod
+    from qcompiler.quant.recipe import Recipe, Rule, Selector
+
+__version__ = version("qcompiler")
+
+__all__ = [
+    "CompileOptions",
+    "CompileResult",
+    "InternalError",
+    "ModelError",
+    "ParityError",
+    "QCompilerError",
+    "RangeMethod",
+    "Recipe",
+    "Rule",
+    "Selector",
+    "TargetError",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "compile_model",
+]
+
+_HOME = {
+    "CompileOptions": "qcompiler.pipeline",
+    "CompileResult": "qcompiler.compile",
+    "RangeMethod": "qcompiler.quant.ranges",
+    "Recipe": "qcompiler.quant.recipe",
+    "Rule": "qcompiler.quant.recipe",
+    "Selector": "qcompiler.quant.recipe",
+    "Verification": "qcompiler.pipeline",
+    "compile_model": "qcompiler.compile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return getattr(import_module("qcompiler.errors"), name)
+    message = f"module 'qcompiler' has no attribute {name!r}"
+    raise AttributeError(message)

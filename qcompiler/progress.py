@@ -1,0 +1,33 @@
+"""How long work tells its caller that it is alive."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+Advance = Callable[[float], None]
+"""Called with the amount of work done since the last call, in the unit of the task's total."""
+
+
+class Progress(Protocol):
+    """A place to show tasks with a known amount of work."""
+
+    def task(self, description: str, total: float) -> "ProgressTask":
+        """Open a task of `total` units; the context manager yields its `Advance`."""
+        ...
+
+
+class ProgressTask(Protocol):
+    """A context manager that yields the function to call with work done."""
+
+    def __enter__(self) -> Advance: ...
+
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class SilentProgress:
+    """Shows nothing: the default of the Python API."""
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Advance]:
+        """Yield a function that ignores what it is told."""
+        yield lambda amount: None

@@ -1,0 +1,1 @@
+"""Quantization types and arithmetic on NumPy arrays. Knows no graph."""
