@@ -1,0 +1,1 @@
+"""Models as graphs: reading, writing, asking questions of them."""

@@ -1,0 +1,95 @@
+"""Questions about who produces and who consumes a value, through every nested body."""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+ONNX_DOMAINS = ("", "ai.onnx")
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """Yield the main graph, then every If/Loop/Scan body below it, outer before inner."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every node of the main graph and of every body, each right before its bodies."""
+    yield from model.graph.all_nodes()
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether `node` is one of these standard ONNX ops."""
+    return node is not None and node.domain in ONNX_DOMAINS and node.op_type in op_types
+
+
+def node_label(node: ir.Node) -> str:
+    """Return how messages call a node: its name and op type."""
+    if node.name:
+        return f"{node.name} ({node.op_type})"
+    outputs = [value.name for value in node.outputs if value.name]
+    return f"unnamed {node.op_type} that computes {outputs[0]}" if outputs else node.op_type
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor behind a value that cannot change between runs, else None.
+
+    Initializers and outputs of Constant nodes are constant; an initializer that is also a graph
+    input can be overridden by the caller, so it is not.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer():
+        return value.const_value
+    producer = value.producer()
+    if is_op(producer, "Constant") and producer is not None:
+        attribute = producer.attributes.get("value")
+        return attribute.as_tensor() if attribute is not None else None
+    return None
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """Return an integer attribute, or its default when the node does not carry it."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...] | None:
+    """Return a list-of-integers attribute, or None when the node does not carry it."""
+    attribute = node.attributes.get(name)
+    return None if attribute is None else tuple(attribute.as_ints())
+
+
+def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """Yield the graphs a node holds as attributes: branches of If, bodies of Loop and Scan."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """Return the values that the bodies of a node read from outside them, in order, once each."""
+    found: dict[ir.Value, None] = {}
+    for body in bodies_of(node):
+        found.update(dict.fromkeys(_captured(body)))
+    return list(found)
+
+
+def _captured(body: ir.Graph) -> Iterator[ir.Value]:
+    inside: set[ir.Value] = {*body.inputs, *body.initializers.values()}
+    for node in body.all_nodes():
+        inside.update(node.outputs)
+        for nested in bodies_of(node):
+            inside.update(nested.inputs)
+            inside.update(nested.initializers.values())
+    for node in body.all_nodes():
+        yield from (value for value in node.inputs if value is not None and value not in inside)
+    yield from (value for value in body.outputs if value not in inside)
+
+
+def inputs_with_captures(node: ir.Node) -> list[ir.Value]:
+    """Return what a node reads: its inputs, and what its bodies read from outside."""
+    direct = [value for value in node.inputs if value is not None]
+    return direct + captured_values(node)

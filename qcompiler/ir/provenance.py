@@ -1,0 +1,57 @@
+"""Where a decision about a node is written: on the node.
+
+The graph is the only state, so the plan (scheme), its reason and what was measured travel as
+`metadata_props` of nodes (ONNX IR version 10+) and of the model. Everything here is a string.
+"""
+
+from typing import Final
+
+import onnx_ir as ir
+
+PREFIX: Final = "qcompiler."
+
+SCHEME: Final = "qcompiler.scheme"
+"""On a node: the scheme it gets, as text (`quant.scheme`), or "float"."""
+RULE: Final = "qcompiler.rule"
+"""On a node: which recipe rule or target row decided."""
+REASON: Final = "qcompiler.reason"
+"""On a node: why it got this scheme, one sentence."""
+SQNR: Final = "qcompiler.weight_sqnr_db"
+"""On a node: signal to quantization noise ratio of its weight, in dB."""
+BYTES_BEFORE: Final = "qcompiler.weight_bytes_before"
+"""On a node: bytes of its weight in the source model."""
+BYTES_AFTER: Final = "qcompiler.weight_bytes_after"
+"""On a node: bytes of its codes, scales and zero points."""
+WEIGHT: Final = "qcompiler.weight"
+"""On a node: name of the source weight, which tied sites share."""
+ELEMENTS: Final = "qcompiler.weight_elements"
+"""On a node: number of elements of its weight."""
+CREATED_BY: Final = "qcompiler.created_by"
+"""On a node that a pass made: the pass's name."""
+ORIGIN: Final = "qcompiler.origin"
+"""On a node that replaced others: the names of the source model's nodes, joined by a space."""
+ORIGIN_OP: Final = "qcompiler.origin_op"
+"""On a node that replaced another op: the op type of the source model."""
+STAGE: Final = "qcompiler.stage"
+"""On the model: the stage it has reached."""
+
+
+def annotate(node: ir.Node, **facts: str | float | int) -> None:
+    """Write facts on a node; keys are given without the prefix, floats keep three decimals.
+
+    `annotate(node, scheme="w8a16", weight_sqnr_db=43.1)` sets `qcompiler.scheme` and
+    `qcompiler.weight_sqnr_db`.
+    """
+    for key, value in facts.items():
+        node.metadata_props[PREFIX + key] = (
+            f"{value:.3f}" if isinstance(value, float) else str(value)
+        )
+
+
+def facts_of(node: ir.Node) -> dict[str, str]:
+    """Return what this compiler wrote on the node, keys without the prefix."""
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in node.metadata_props.items()
+        if key.startswith(PREFIX)
+    }

@@ -1,0 +1,1 @@
+"""Running passes: stages, what is legal in each, verification, reproducers."""

@@ -1,0 +1,133 @@
+"""Runs passes in order, verifies after each, and keeps a record of what they did."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+
+from qcompiler.errors import InternalError, QCompilerError, UsageError
+from qcompiler.ir.provenance import STAGE
+from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from qcompiler.rewriting.stages import Stage
+from qcompiler.rewriting.verifier import Signature, check_standard, verify
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did, as the report shows it.
+
+    Attributes:
+        name: The pass.
+        stage: The stage the model was at afterwards.
+        numerics: What the pass declares about outputs.
+        seconds: Time in the pass itself, verification excluded.
+        rewrites: What it changed.
+        skips: What it refused, with reasons.
+    """
+
+    name: str
+    stage: Stage
+    numerics: Numerics
+    seconds: float
+    rewrites: tuple[Rewrite, ...]
+    skips: tuple[Skip, ...]
+
+
+class PassHook(Protocol):
+    """Something that wants to see every intermediate model."""
+
+    def before_pass(self, model: ir.Model, rewrite: Pass) -> None:
+        """Look at the model a pass is about to change."""
+        ...
+
+    def after_pass(self, model: ir.Model, rewrite: Pass, result: PassResult) -> None:
+        """Look at the verified model a pass left; may raise to stop the run."""
+        ...
+
+    def on_failure(self, rewrite: Pass, error: BaseException) -> str | None:
+        """Keep what helps to repeat a failure; returns a hint for the message, or None."""
+        ...
+
+
+def stage_of(model: ir.Model) -> Stage:
+    """Return the stage a model has reached: IMPORTED unless this compiler recorded another.
+
+    Raises:
+        UsageError: The record is not a stage this version knows.
+    """
+    text = model.metadata_props.get(STAGE, Stage.IMPORTED)
+    try:
+        return Stage(text)
+    except ValueError as error:
+        message = f"the model says it is at stage {text!r}, which this version does not know"
+        raise UsageError(message, hint=f"stages: {', '.join(Stage)}") from error
+
+
+class PassManager:
+    """Runs passes over one model.
+
+    Args:
+        context: What the passes may use.
+        hooks: Called around every pass, in this order.
+    """
+
+    def __init__(self, context: PassContext, hooks: Sequence[PassHook] = ()) -> None:
+        self._context = context
+        self._hooks = tuple(hooks)
+
+    def run(self, model: ir.Model, passes: Sequence[Pass]) -> list[PassRecord]:
+        """Run `passes` over `model` in place.
+
+        Raises:
+            UsageError: A pass needs a stage the model has not reached.
+            InternalError: A pass broke the model, or failed in a way it did not declare.
+            QCompilerError: Whatever a pass refuses the model with.
+        """
+        signature = Signature.of(model)
+        records: list[PassRecord] = []
+        with self._context.progress.task("passes", len(passes)) as advance:
+            for rewrite in passes:
+                records.append(self._run_one(model, rewrite, signature))
+                advance(1)
+        return records
+
+    def _run_one(self, model: ir.Model, rewrite: Pass, signature: Signature) -> PassRecord:
+        reached = stage_of(model)
+        if reached.rank < rewrite.consumes.rank:
+            message = f"needs a model at stage {rewrite.consumes}, and this one is at {reached}"
+            raise UsageError(
+                message,
+                where=f"pass {rewrite.name}",
+                hint="run the passes that lead there first; `qcompile --list passes` shows them",
+            )
+        for hook in self._hooks:
+            hook.before_pass(model, rewrite)
+        started = time.perf_counter()
+        try:
+            result = rewrite.run(model, self._context)
+            seconds = time.perf_counter() - started
+            stage = max(reached, rewrite.produces, key=lambda member: member.rank)
+            model.metadata_props[STAGE] = stage
+            verify(model, stage, signature, after=rewrite.name)
+            if stage is not reached:
+                check_standard(model, after=rewrite.name)
+            for hook in self._hooks:
+                hook.after_pass(model, rewrite, result)
+        except Exception as error:
+            raise self._explained(rewrite, error) from error
+        return PassRecord(
+            rewrite.name, stage, rewrite.numerics, seconds, result.rewrites, result.skips
+        )
+
+    def _explained(self, rewrite: Pass, error: Exception) -> QCompilerError:
+        """Turn a failure into one of ours; defects come with a reproducer."""
+        if isinstance(error, QCompilerError) and not isinstance(error, InternalError):
+            return error
+        hints = [hook.on_failure(rewrite, error) for hook in self._hooks]
+        hint = "; ".join(text for text in hints if text) or "please report this"
+        if isinstance(error, QCompilerError):
+            return InternalError(error.message, where=error.where, hint=hint)
+        message = f"failed with {type(error).__name__}: {error}"
+        return InternalError(message, where=f"pass {rewrite.name}", hint=hint)

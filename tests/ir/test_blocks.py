@@ -1,0 +1,79 @@
+"""Blocks: cut values by structure."""
+
+from qcompiler.ir.blocks import find_blocks
+from tests.support.graphs import build, random_array
+
+_RESIDUAL = """g (float[N, 4] x, float[N, 4] mask) => (float[N, 4] y) {
+    [embed] h0 = MatMul(x, w0)
+    [up0] u0 = MatMul(h0, w1)
+    m0 = Add(u0, mask)
+    [down0] d0 = MatMul(m0, w2)
+    h1 = Add(h0, d0)
+    [up1] u1 = MatMul(h1, w3)
+    m1 = Add(u1, mask)
+    [down1] d1 = MatMul(m1, w4)
+    y = Add(h1, d1)
+}"""
+
+
+def _weights() -> dict[str, object]:
+    return {f"w{i}": random_array(4, 4, seed=i) for i in range(5)}
+
+
+def test_residual_blocks_are_cut_at_the_stream() -> None:
+    blocks = find_blocks(build(_RESIDUAL, _weights()))
+    assert [block.output for block in blocks] == ["h0", "h1", None]
+    assert [block.input for block in blocks] == [None, "h0", "h1"]
+
+
+def test_a_chain_is_cut_everywhere_and_small_blocks_are_joined() -> None:
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        a = MatMul(x, w0)
+        b = MatMul(a, w1)
+        c = MatMul(b, w2)
+        y = MatMul(c, w3)
+    }"""
+    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(4)})
+    assert [block.output for block in find_blocks(model)] == ["a", "b", "c", None]
+    assert [block.output for block in find_blocks(model, minimum_sites=2)] == ["b", None]
+
+
+def test_values_that_no_site_leads_to_may_cross_a_cut() -> None:
+    blocks = find_blocks(build(_RESIDUAL, _weights()))
+    crossing = {node.op_type for block in blocks for node in block.nodes}
+    assert crossing == {"MatMul", "Add"}
+
+
+def test_every_tainted_node_is_in_exactly_one_block() -> None:
+    blocks = find_blocks(build(_RESIDUAL, _weights()))
+    nodes = [node for block in blocks for node in block.nodes]
+    assert len(nodes) == len(set(nodes)) == 9
+
+
+def test_a_body_belongs_to_the_block_of_its_node() -> None:
+    text = """g (bool c, float[N, 4] x) => (float[N, 4] y) {
+        a = MatMul(x, w0)
+        b = If(c) <
+            then_branch = t () => (float[N, 4] p) { p = MatMul(a, w1) },
+            else_branch = e () => (float[N, 4] q) { q = Relu(a) }
+        >
+        y = MatMul(b, w2)
+    }"""
+    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(3)})
+    assert [block.output for block in find_blocks(model)] == ["a", "b", None]
+
+
+def test_labels_come_from_exporter_metadata() -> None:
+    model = build(_RESIDUAL, _weights())
+    for node in model.graph:
+        block = "layers.0" if node.name in ("up0", "down0") else "layers.1"
+        if node.name not in ("", "embed"):
+            node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{block}', '{block}.linear']"
+    assert [block.label for block in find_blocks(model)][1:] == [
+        "layers.0.linear",
+        "layers.1.linear",
+    ]
+
+
+def test_a_model_without_sites_has_no_blocks() -> None:
+    assert find_blocks(build("g (float[N] x) => (float[N] y) { y = Relu(x) }")) == []
