@@ -1,0 +1,1 @@
+"""Benchmarks: one script per question, run on real models that ship in Python packages."""

@@ -1,0 +1,1 @@
+"""Real models, one per file: how each is built, fed and scored."""

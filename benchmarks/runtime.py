@@ -1,0 +1,66 @@
+"""Running models in ONNX Runtime, the same way in every benchmark."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from qcompiler.quant.ranges import sqnr_db
+
+Array = npt.NDArray[Any]
+Feeds = dict[str, Array]
+_ERRORS_ONLY = 3
+
+SessionFactory = Callable[[], ort.InferenceSession]
+ModelSource = Path | SessionFactory
+
+
+def session_factory(path: Path, *, optimized: bool = True, threads: int = 1) -> SessionFactory:
+    """Return a function that opens `path` on the CPU.
+
+    Args:
+        path: The `.onnx` file.
+        optimized: Whether ONNX Runtime may rewrite the graph. A Q/DQ model is worth scoring both
+            ways: without, its Q/DQ nodes run as written; with, integer kernels take over.
+        threads: Threads used inside one operator.
+    """
+
+    def open_session() -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        )
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    return open_session
+
+
+def open_session(source: ModelSource) -> ort.InferenceSession:
+    """Open a model given as a path (optimized, one thread) or as a function that opens it."""
+    return session_factory(source)() if isinstance(source, Path) else source()
+
+
+def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Run once and return the outputs by name."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def output_sqnr(reference: ModelSource, candidate: ModelSource, feeds: Sequence[Feeds]) -> float:
+    """Return the SQNR in dB of the first output of `candidate`, over all feeds together."""
+    before, after = open_session(reference), open_session(candidate)
+    name = before.get_outputs()[0].name
+    signal = error = 0.0
+    for feed in feeds:
+        expected = np.asarray(before.run([name], feed)[0], np.float64)
+        actual = np.asarray(after.run([name], feed)[0], np.float64)
+        signal += float(np.square(expected).sum())
+        error += float(np.square(actual - expected).sum())
+    return sqnr_db(signal, error)
