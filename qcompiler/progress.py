@@ -1,7 +1,7 @@
 """How long work tells its caller that it is alive."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[float], None]
@@ -11,17 +11,9 @@ Advance = Callable[[float], None]
 class Progress(Protocol):
     """A place to show tasks with a known amount of work."""
 
-    def task(self, description: str, total: float) -> "ProgressTask":
+    def task(self, description: str, total: float) -> AbstractContextManager[Advance]:
         """Open a task of `total` units; the context manager yields its `Advance`."""
         ...
-
-
-class ProgressTask(Protocol):
-    """A context manager that yields the function to call with work done."""
-
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class SilentProgress:

@@ -177,7 +177,19 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the initializer."""
-        return tuple(int(dim) for dim in self.tensor.shape)
+        return self.tensor.shape.numpy()
+
+    @property
+    def left(self) -> bool:
+        """Whether the weight is the first input of a matrix product, with the data second."""
+        return self.weight_input == 0 and self.row.data is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a matrix weight is stored `[N, K]`: behind a Transpose, or by transB."""
+        if self.row.op_type not in ("MatMul", "Gemm", "FusedMatMul") or self.axes.output is None:
+            return bool(self.transposes)
+        return not self.left and self.axes.reduction > self.axes.output
 
     @property
     def reduction(self) -> int:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from qcompiler.errors import UsageError
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.dataflow import all_nodes, inputs_with_captures
-from qcompiler.quant.recipe import Selector, nearest
+from qcompiler.quant.selector import Selector, nearest
 
 
 class SelectionIndex:
