@@ -63,6 +63,8 @@ def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...] | None:
 def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
     """Yield the graphs a node holds as attributes: branches of If, bodies of Loop and Scan."""
     for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:

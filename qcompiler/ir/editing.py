@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_graphs
+from qcompiler.ir.dataflow import all_graphs, bodies_of
 from qcompiler.ir.provenance import ORIGIN
 
 
@@ -14,17 +14,6 @@ def node_name(node: ir.Node) -> str:
         return node.name
     outputs = [value.name for value in node.outputs if value.name]
     return f"{node.op_type}_{outputs[0]}" if outputs else node.op_type
-
-
-def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
-    """Yield the If/Loop/Scan bodies of a node, in the order of its attributes."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def is_used(value: ir.Value) -> bool:

@@ -6,8 +6,7 @@ from typing import Final
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qcompiler.ir.dataflow import all_nodes, is_op
-from qcompiler.ir.editing import bodies_of
+from qcompiler.ir.dataflow import all_nodes, bodies_of, is_op
 
 _NO_TENSORS: Final = ("Sequence", "SplitToSequence", "Optional")
 

@@ -40,14 +40,14 @@ class QScheme:
     Its text form is what recipes, options and node metadata hold:
     `w<bits>a<bits>[-dynamic][:b<block size>][:sym|:asym]`.
 
-    | text                 | weights                         | activations |
-    |----------------------|---------------------------------|-------------|
-    | `w8a16`              | 8 bit, per output channel       | float       |
-    | `w4a16:b128`         | 4 bit, blocks of 128            | float       |
-    | `w3a16:b128`         | 3 bit, stored in 4              | float       |
-    | `w2a16:b64:asym`     | 2 bit, blocks of 64, zero point | float       |
-    | `w8a8-dynamic`       | 8 bit, per output channel       | 8 bit, scale chosen at run time |
-    | `w7a8-dynamic`       | 7 bit, stored in 8              | the same; cannot saturate 16-bit sums |
+    | text             | weights                         | activations             |
+    |------------------|---------------------------------|-------------------------|
+    | `w8a16`          | 8 bit, per output channel       | float                   |
+    | `w4a16:b128`     | 4 bit, blocks of 128            | float                   |
+    | `w3a16:b128`     | 3 bit, stored in 4              | float                   |
+    | `w2a16:b64:asym` | 2 bit, blocks of 64, zero point | float                   |
+    | `w8a8-dynamic`   | 8 bit, per output channel       | 8 bit, scaled per run   |
+    | `w7a8-dynamic`   | 7 bit, stored in 8              | the same; no saturation |
 
     Attributes:
         weight_bits: 8, 7, 4, 3 or 2.

@@ -64,13 +64,11 @@ def _unique_node_names(model: ir.Model) -> Iterator[tuple[str, str]]:
         seen.add(node.name or "")
 
 
-def _initializers_once(model: ir.Model) -> Iterator[tuple[str, str]]:
+def _initializers_have_values(model: ir.Model) -> Iterator[tuple[str, str]]:
     for graph in all_graphs(model):
         for name, value in graph.initializers.items():
             if value.const_value is None:
                 yield name, "an initializer without a value"
-            if value.is_graph_input():
-                yield name, "an initializer that is also a graph input"
 
 
 def _schemes_assigned(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -141,7 +139,7 @@ LEGALITY: dict[Stage, tuple[LegalityRule, ...]] = {
         LegalityRule("no-constant-nodes", "constants are initializers", _no_constant_nodes),
         LegalityRule("no-functions", "functions are inlined", _no_functions),
         LegalityRule("unique-names", "every node has its own name", _unique_node_names),
-        LegalityRule("initializers", "initializers have values, inputs none", _initializers_once),
+        LegalityRule("initializers", "every initializer has a value", _initializers_have_values),
     ),
     Stage.EQUALIZED: (),
     Stage.ASSIGNED: (

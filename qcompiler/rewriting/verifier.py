@@ -6,9 +6,10 @@ from itertools import islice
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import CheckerPass, ShapeInferencePass
+from onnx_ir.passes.common import CheckerPass
 
 from qcompiler.errors import InternalError
+from qcompiler.ir.shapes import infer_shapes
 from qcompiler.rewriting.legality import Violation, violations
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.structure import structural_faults
@@ -62,8 +63,7 @@ def check_standard(model: ir.Model, *, after: str) -> None:
         text = str(error).strip().splitlines()[0]
         message = f"ONNX's checker refuses the model: {text}"
         raise InternalError(message, where=f"pass {after}") from error
-    # Inference is a hint: it gives up on ops it does not know, and that is no fault.
-    ShapeInferencePass()(model)
+    infer_shapes(model)
 
 
 def _raise_for(faults: Iterable[Violation], after: str) -> None:

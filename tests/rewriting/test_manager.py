@@ -48,14 +48,16 @@ class Crash(Rename):
     name = "crash"
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
-        raise KeyError("surprise")
+        message = "surprise"
+        raise KeyError(message)
 
 
 class Refuse(Rename):
     name = "refuse"
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
-        raise ModelError("cannot be compiled", where="node a")
+        message = "cannot be compiled"
+        raise ModelError(message, where="node a")
 
 
 class LoseOutput(Rename):
@@ -129,7 +131,7 @@ def test_a_refusal_is_passed_on_as_it_is(tmp_path: Path) -> None:
 
 def test_a_defect_leaves_a_reproducer(tmp_path: Path) -> None:
     manager = _manager(tmp_path, KeepReproducer(tmp_path))
-    with pytest.raises(InternalError, match="qcompile run-pass disconnect model.onnx"):
+    with pytest.raises(InternalError, match=r"qcompile run-pass disconnect model\.onnx"):
         manager.run(_model(), [Rename(), Disconnect()])
     folder = tmp_path / "qcompiler-reproducer-disconnect"
     before = ir.load(folder / "model.onnx")

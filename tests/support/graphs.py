@@ -53,7 +53,8 @@ def externalize(model: ir.Model, folder: Path) -> ir.Model:
 
 def serialized(model: ir.Model) -> bytes:
     """Return the bytes of a model, the same for equal models."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def op_types(model: ir.Model) -> list[str]:

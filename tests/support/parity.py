@@ -55,7 +55,9 @@ def random_feeds(model: ir.Model, seed: int, dims: Mapping[str, int] | None = No
     for value in model.graph.inputs:
         if value.is_initializer():
             continue
-        assert value.name and value.dtype and value.shape is not None
+        assert value.name
+        assert value.dtype
+        assert value.shape is not None
         shape = [_size(dim, dims or {}) for dim in value.shape]
         dtype = value.dtype.numpy()
         if value.dtype == ir.DataType.BOOL:

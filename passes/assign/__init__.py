@@ -1,0 +1,1 @@
+"""Passes that write a plan on the nodes and change nothing else."""

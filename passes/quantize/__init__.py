@@ -1,0 +1,1 @@
+"""Passes that put Q/DQ nodes into the graph and choose their values."""

@@ -1,0 +1,276 @@
+"""Stores weights as integer codes behind DequantizeLinear nodes."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.errors import ModelError
+from qcompiler.ir.dataflow import all_nodes, node_label
+from qcompiler.ir.editing import constant_value
+from qcompiler.ir.provenance import BYTES_AFTER, SCHEME, SQNR, annotate
+from qcompiler.ir.quantizable import Site, find_sites
+from qcompiler.ir.weights import WeightStore, read_slice
+from qcompiler.quant.granularity import PerAxis, PerBlock
+from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
+from qcompiler.quant.scheme import QSpec, parse_scheme
+from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
+from qcompiler.rewriting.stages import Stage
+
+SLICE_BYTES = 32 << 20
+"""Bytes of float weight a worker holds at once; larger weights are quantized in slices."""
+
+
+@dataclass(frozen=True, slots=True)
+class InsertQdqOptions:
+    """Options of `insert-qdq`.
+
+    Attributes:
+        weight_range: How the clipping range of each scale group is chosen.
+    """
+
+    weight_range: RangeMethod = RangeMethod.MSE
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight as the graph will hold it, and what the rounding cost.
+
+    Attributes:
+        codes: Integer codes, the shape of the weight.
+        scale: Scales, of the weight's float type, of shape `scale_shape(shape, granularity)`.
+        zero_point: Zero points of the codes' type and the scale's shape, None when symmetric.
+        squared_error: Sum of squared differences between weight and dequantized weight.
+        squared_signal: Sum of squared weights.
+    """
+
+    codes: ir.TensorProtocol
+    scale: ir.TensorProtocol
+    zero_point: ir.TensorProtocol | None
+    squared_error: float
+    squared_signal: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points, 4- and 2-bit codes packed."""
+        zero_point = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.codes.nbytes + self.scale.nbytes + zero_point
+
+
+class InsertQdq(Pass):
+    """Replace every weight that has a scheme by codes and a DequantizeLinear.
+
+    Before: y = MatMul(x, w)                                  w: float [K, N]
+    After:  y = MatMul(x, DequantizeLinear(codes, scale))     codes: int4 [K, N], scale [K/B, N]
+    Refuses: nothing: what cannot be quantized was given the scheme "float" by assign-schemes.
+
+    Tied sites share one set of codes. Weights stream: at most `workers` slices of 32 MiB are
+    held at a time, and large codes go to the context's store.
+
+    Raises (from `run`):
+        ModelError: A weight holds NaN or infinity; the message names it.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    consumes: ClassVar[Stage] = Stage.ASSIGNED
+    produces: ClassVar[Stage] = Stage.QDQ
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+
+    def __init__(self, options: InsertQdqOptions | None = None) -> None:
+        self.options = options or InsertQdqOptions()
+
+    def run(self, model: ir.Model, context: PassContext) -> PassResult:
+        """Quantize every planned weight, then rewire its readers."""
+        groups = _planned(find_sites(model)[0])
+        position = {node: index for index, node in enumerate(all_nodes(model))}
+        rewrites: list[Rewrite] = []
+        total = sum(sites[0].tensor.nbytes for sites in groups)
+        with (
+            context.progress.task("quantizing weights", total) as advance,
+            ThreadPoolExecutor(context.workers, "quantize") as pool,
+        ):
+            pending = [pool.submit(self._quantize, sites[0], context.store) for sites in groups]
+            try:
+                for sites, future in zip(groups, pending, strict=True):
+                    nbytes = sites[0].tensor.nbytes
+                    weight = future.result()
+                    _rewire(sites, weight, position)
+                    rewrites.extend(_record(sites, weight))
+                    advance(nbytes)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return PassResult(tuple(rewrites))
+
+    def _quantize(self, site: Site, store: WeightStore) -> QuantizedWeight:
+        spec = _spec(site)
+        try:
+            return _quantize_in_slices(site, spec, self.options.weight_range, store)
+        except ValueError as error:
+            message = f"its weight {site.weight.name} cannot be quantized: {error}"
+            raise ModelError(
+                message,
+                where=node_label(site.node),
+                hint="repair the export, or leave the node in float with --exclude",
+            ) from error
+
+
+def _planned(sites: Sequence[Site]) -> list[list[Site]]:
+    """Group the sites that have a scheme by the weight they share, in graph order."""
+    groups: dict[ir.Value, list[Site]] = {}
+    for site in sites:
+        if parse_scheme(site.node.metadata_props.get(SCHEME, "float")) is not None:
+            groups.setdefault(site.weight, []).append(site)
+    return list(groups.values())
+
+
+def _spec(site: Site) -> QSpec:
+    scheme = parse_scheme(site.node.metadata_props[SCHEME])
+    assert scheme is not None
+    return scheme.weight_spec(site.granularity(scheme))
+
+
+def _quantize_in_slices(
+    site: Site, spec: QSpec, method: RangeMethod, store: WeightStore
+) -> QuantizedWeight:
+    tensor, name = site.tensor, site.weight.name or "weight"
+    axis, slices = _plan_slices(site, spec)
+    scale_dtype = np.dtype(tensor.dtype.numpy())
+    code_type = ir.DataType[spec.qtype.onnx_name]
+    if len(slices) == 1:
+        whole = quantize_tensor(read_slice(tensor, 0, 0, site.shape[0]), spec, method, scale_dtype)
+        codes = store.put(f"{name}.codes", whole.codes, code_type)
+        return _weight(name, codes, [whole], axis, code_type, store)
+    writer = store.open_tensor(f"{name}.codes", code_type, site.shape)
+    parts: list[QuantizedTensor] = []
+    for start, stop in slices:
+        part = quantize_tensor(read_slice(tensor, axis, start, stop), spec, method, scale_dtype)
+        writer.write_slice(axis, start, part.codes)
+        parts.append(_without_codes(part))
+    return _weight(name, writer.finish(), parts, axis, code_type, store)
+
+
+def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
+    """Cut a weight so that no scale group and no byte of packed codes is cut.
+
+    Returns:
+        The axis to cut along, and (start, stop) pairs along it.
+    """
+    shape, granularity = site.shape, spec.granularity
+    pieces = -(-site.tensor.nbytes // SLICE_BYTES)
+    if pieces <= 1:
+        return 0, [(0, shape[0])]
+    if isinstance(granularity, PerBlock):
+        axis, unit = 0, granularity.block_size if granularity.axis == 0 else 1
+    elif isinstance(granularity, PerAxis):
+        axis, unit = granularity.axis, 1
+    else:
+        return 0, [(0, shape[0])]
+    unit = max(unit, 8)  # whole bytes of 2- and 4-bit codes, whichever axis is cut
+    units = -(-shape[axis] // unit)
+    step = max(1, units // pieces) * unit
+    return axis, [(start, min(start + step, shape[axis])) for start in range(0, shape[axis], step)]
+
+
+def _without_codes(part: QuantizedTensor) -> QuantizedTensor:
+    """Drop the codes of a slice that has been written."""
+    return QuantizedTensor(
+        part.codes[:0], part.scale, part.zero_point, part.squared_error, part.squared_signal
+    )
+
+
+def _weight(
+    name: str,
+    codes: ir.TensorProtocol,
+    parts: Sequence[QuantizedTensor],
+    axis: int,
+    code_type: ir.DataType,
+    store: WeightStore,
+) -> QuantizedWeight:
+    """Join the scales of slices cut along `axis` and keep them in the store."""
+    scale = _join([part.scale for part in parts], axis)
+    zero_point = None
+    if all(part.zero_point is not None for part in parts):
+        points = _join([part.zero_point for part in parts if part.zero_point is not None], axis)
+        zero_point = store.put(f"{name}.zero_point", points, code_type)
+    return QuantizedWeight(
+        codes,
+        store.put(f"{name}.scale", scale, ir.DataType.from_numpy(scale.dtype)),
+        zero_point,
+        sum(part.squared_error for part in parts),
+        sum(part.squared_signal for part in parts),
+    )
+
+
+def _join(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0]
+    # A per-axis scale is a vector over the very axis the slices were cut along.
+    return np.concatenate(parts, axis=0 if parts[0].ndim == 1 else axis)
+
+
+def _rewire(sites: Sequence[Site], weight: QuantizedWeight, position: dict[ir.Node, int]) -> None:
+    """Put one DequantizeLinear into every graph that reads the weight, and drop the float."""
+    source = sites[0].weight
+    home = source.graph
+    assert home is not None
+    operands = [_initializer(home, tensor) for tensor in _tensors(weight)]
+    readers: dict[ir.Graph, list[ir.Node]] = {}
+    for node in source.consumers():
+        assert node.graph is not None
+        readers.setdefault(node.graph, []).append(node)
+    for index, (graph, nodes) in enumerate(readers.items()):
+        suffix = "dequantized" if index == 0 else f"dequantized.{index}"
+        dequantize = _dequantize_node(sites[0], operands, f"{source.name}.{suffix}")
+        first = min(nodes, key=lambda node: position[node])
+        graph.insert_before(first, dequantize)
+        for node in nodes:
+            for use in [use for use in source.uses() if use.node is node]:
+                node.replace_input_with(use.idx, dequantize.outputs[0])
+    home.initializers.pop(source.name or "")
+
+
+def _tensors(weight: QuantizedWeight) -> Iterator[ir.TensorProtocol]:
+    yield weight.codes
+    yield weight.scale
+    if weight.zero_point is not None:
+        yield weight.zero_point
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = constant_value(tensor.name or "", tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _dequantize_node(site: Site, operands: Sequence[ir.Value], name: str) -> ir.Node:
+    granularity = _spec(site).granularity
+    attributes = []
+    if isinstance(granularity, PerAxis | PerBlock):
+        attributes.append(ir.AttrInt64("axis", granularity.axis))
+    if isinstance(granularity, PerBlock):
+        attributes.append(ir.AttrInt64("block_size", granularity.block_size))
+    node = ir.Node("", "DequantizeLinear", operands, attributes, name=name, num_outputs=1)
+    output = node.outputs[0]
+    output.name = name
+    output.type = ir.TensorType(site.tensor.dtype)
+    output.shape = ir.Shape(site.shape)
+    annotate(node, created_by=InsertQdq.name)
+    return node
+
+
+def _record(sites: Sequence[Site], weight: QuantizedWeight) -> Iterator[Rewrite]:
+    """Write what the rounding cost on every site, and yield one rewrite for each."""
+    quality = sqnr_db(weight.squared_signal, weight.squared_error)
+    for site in sites:
+        facts = site.node.metadata_props
+        # An op with two weights (LSTM) reports the worse quality and the sum of the sizes.
+        worst = min(quality, float(facts.get(SQNR, quality)))
+        size = weight.nbytes + int(facts.get(BYTES_AFTER, 0))
+        annotate(site.node, weight_sqnr_db=worst, weight_bytes_after=size)
+        text = site.node.metadata_props[SCHEME]
+        yield Rewrite("insert-qdq", site.label, f"{text}, {quality:.1f} dB")

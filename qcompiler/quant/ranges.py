@@ -1,0 +1,108 @@
+"""Choosing scales and zero points for a whole tensor, without data."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.quant.arithmetic import check_float_dtype
+from qcompiler.quant.clipping import GridSearch
+from qcompiler.quant.granularity import PerTensor, scale_shape
+from qcompiler.quant.grouping import Array, scale_sections, value_sections
+from qcompiler.quant.packing import IntArray
+from qcompiler.quant.scheme import QSpec
+from qcompiler.quant.tiles import strips
+
+
+class RangeMethod(StrEnum):
+    """How the range of a scale group is chosen."""
+
+    MIN_MAX = "min-max"
+    """The whole range of the group: nothing saturates but by the rounding of the scale."""
+    MSE = "mse"
+    """The range of least squared error that the search finds; never worse than min-max."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A tensor as codes.
+
+    Attributes:
+        codes: int8 or uint8, shape of the values, one code per element.
+        scale: Shape `scale_shape(values.shape, granularity)`, of the dtype asked for.
+        zero_point: Shape of `scale`, dtype of `codes`; None for symmetric signed types. Symmetric
+            unsigned types have it mid-range, since ONNX reads an absent one as 0.
+        squared_error: Sum over elements of (value - dequantized value)².
+        squared_signal: Sum over elements of value².
+    """
+
+    codes: IntArray
+    scale: Array
+    zero_point: IntArray | None
+    squared_error: float
+    squared_signal: float
+
+
+def sqnr_db(squared_signal: float, squared_error: float) -> float:
+    """Return the signal to quantization noise ratio in dB; inf where there is no error."""
+    if squared_error == 0:
+        return float("inf")
+    if squared_signal == 0 or squared_error == float("inf"):
+        return float("-inf")
+    return float(10 * (np.log10(squared_signal) - np.log10(squared_error)))
+
+
+def quantize_tensor(
+    values: Array, spec: QSpec, method: RangeMethod, scale_dtype: npt.DTypeLike
+) -> QuantizedTensor:
+    """Choose scales (and zero points) for `values` and round them to codes.
+
+    Codes are those of `arithmetic.quantize` on the values as float32, with the scale as rounded to
+    `scale_dtype`: half types are widened first, for the codes nearest to them. A group of zeros
+    gets scale 1.0; scales below the type's smallest normal number are raised to it. Quantizing a
+    slice that cuts no group gives the slice of the result.
+
+    Args:
+        values: float32, float16 or bfloat16 of any shape. An array that is not contiguous is
+            copied where the axes before or after the granularity's cannot be merged in place.
+        spec: Integer type, granularity and symmetry.
+        method: How ranges are chosen.
+        scale_dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: A value is NaN or infinite, a dtype is not supported, or the granularity does
+            not fit the shape.
+    """
+    check_float_dtype(values.dtype, "values")
+    check_float_dtype(np.dtype(scale_dtype), "scales")
+    qtype = spec.qtype
+    shape = scale_shape(values.shape, spec.granularity)
+    codes = np.empty(values.shape, np.int8 if qtype.signed else np.uint8)
+    scale = np.empty(shape, scale_dtype)
+    zero_point = np.empty(shape, codes.dtype)
+    absent = spec.symmetric and qtype.signed
+    search = GridSearch(spec, np.dtype(scale_dtype), clip=method is RangeMethod.MSE)
+    if values.size == 0:
+        scale.fill(1)
+        zero_point.fill(search.middle)
+        return QuantizedTensor(codes, scale, None if absent else zero_point, 0.0, 0.0)
+    per_tensor = isinstance(spec.granularity, PerTensor)
+    signal = error = 0.0
+    for value_part, code_part, scale_part, zero_part in zip(
+        value_sections(values, spec.granularity),
+        value_sections(codes, spec.granularity),
+        scale_sections(scale, values.shape, spec.granularity),
+        scale_sections(zero_point, values.shape, spec.granularity),
+        strict=True,
+    ):
+        for strip in strips(value_part, per_tensor=per_tensor):
+            # A scale type too narrow for the values makes sums infinite, which is the truth.
+            with np.errstate(over="ignore", invalid="ignore"):
+                chosen = search.quantize_strip(strip, code_part)
+            scale_place, zero_place = scale_part[0, 0][strip.groups], zero_part[0, 0][strip.groups]
+            scale_place[...] = chosen.scale.reshape(scale_place.shape)
+            zero_place[...] = chosen.zero.reshape(zero_place.shape)
+            signal += chosen.squared_signal
+            error += chosen.squared_error
+    return QuantizedTensor(codes, scale, None if absent else zero_point, error, signal)

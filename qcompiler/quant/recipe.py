@@ -1,0 +1,289 @@
+"""Which scheme each op gets: ordered rules, first match wins, written in TOML.
+
+```toml
+version = 1
+default = "w8a16"             # for ops that no rule matches; "float" when absent
+weight_range = "mse"          # or "min-max"; the run decides when absent
+
+[[rule]]
+name = "*/lm_head*"           # glob on node names, or "/regex/"; the whole name, case matters
+op_type = "MatMul"            # all selectors that are given must hold
+block = "0-3,7"               # block indices, from 0
+between = ["x", "y"]          # nodes on a path from value x to value y
+scheme = "w4a16:b128"         # or "float"
+reason = "lm_head is sensitive"   # optional, reaches the report
+```
+
+A rule has a scheme and at least one selector. Names, op types, blocks and values are looked up in
+the model by whoever applies the recipe; this module knows no graph.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import UsageError
+from qcompiler.quant.ranges import RangeMethod
+from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
+from qcompiler.quant.selector import (
+    Selector,
+    check_pattern,
+    format_blocks,
+    nearest,
+    parse_blocks,
+)
+
+__all__ = ["Recipe", "Rule", "Selector", "nearest"]
+
+_VERSION = 1
+_RECIPE_KEYS = ("version", "default", "weight_range", "rule")
+_RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the nodes of a selector get.
+
+    Attributes:
+        selector: Which nodes.
+        scheme: Their scheme; None keeps them in float.
+        reason: Why, in the author's words, or None.
+        origin: Where the rule stands, such as "rule 2" or "--exclude".
+    """
+
+    selector: Selector
+    scheme: QScheme | None
+    reason: str | None = None
+    origin: str = "rule"
+
+    @property
+    def label(self) -> str:
+        """How reports and messages name the rule, such as "rule 2: name=*/lm_head*"."""
+        return f"{self.origin}: {self.selector}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Ordered rules; the first that matches a node decides.
+
+    Attributes:
+        rules: In order of precedence.
+        default: Scheme of nodes no rule matches; None keeps them in float.
+        weight_range: How weight ranges are chosen, or None to leave it to the run.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    default: QScheme | None = None
+    weight_range: RangeMethod | None = None
+
+    @classmethod
+    def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
+        """Return a recipe that gives `scheme` to all nodes but those named by `excludes`.
+
+        Raises:
+            UsageError: A pattern is empty or not a regular expression.
+        """
+        return cls(default=scheme).excluding(excludes)
+
+    def excluding(self, patterns: Sequence[str]) -> "Recipe":
+        """Return this recipe with rules before all others that keep `patterns` in float.
+
+        Raises:
+            UsageError: A pattern is empty or not a regular expression.
+        """
+        for pattern in patterns:
+            check_pattern(pattern, f"--exclude {pattern}")
+        leading = (
+            Rule(Selector(name=pattern), None, "excluded by option", "--exclude")
+            for pattern in patterns
+        )
+        return replace(self, rules=(*leading, *self.rules))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            UsageError: The file cannot be read, or holds anything but a recipe.
+        """
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"cannot read the recipe: {reason}"
+            raise UsageError(message, where=str(path), hint="check --recipe") from error
+        except UnicodeDecodeError as error:
+            message = f"the recipe is not UTF-8 text: byte {error.start} cannot be decoded"
+            raise UsageError(
+                message,
+                where=str(path),
+                hint="save the file as UTF-8",
+            ) from error
+        return cls.from_text(text, str(path))
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> "Recipe":
+        """Read a recipe from TOML text.
+
+        Args:
+            text: The TOML.
+            where: What messages call the text, such as a file name.
+
+        Raises:
+            UsageError: The text is not a recipe; says which rule and key, and what is expected.
+        """
+        try:
+            # With a last line feed, faults at the end are reported with their line too.
+            table = tomllib.loads(f"{text}\n")
+        except tomllib.TOMLDecodeError as error:
+            message = f"the recipe is not TOML: {error}"
+            raise UsageError(message, where=where) from error
+        _check_keys(table, _RECIPE_KEYS, where)
+        _check_version(table, where)
+        rules = table.get("rule", [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            message = "'rule' is not a list of tables"
+            raise UsageError(message, where=where, hint="write [[rule]]")
+        default = _string(table, "default", where)
+        return cls(
+            tuple(_rule(rule, number, where) for number, rule in enumerate(rules, start=1)),
+            None if default is None else _scheme(default, f"{where}: default"),
+            _weight_range(table, where),
+        )
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML text that reads back as the same rules, in a fixed form."""
+        lines = [f"version = {_VERSION}", f"default = {_quote(_scheme_text(self.default))}"]
+        if self.weight_range is not None:
+            lines.append(f"weight_range = {_quote(self.weight_range.value)}")
+        for rule in self.rules:
+            lines += ["", "[[rule]]", *_rule_lines(rule)]
+        return "\n".join(lines) + "\n"
+
+
+def _rule(table: Mapping[str, Any], number: int, where: str) -> Rule:
+    place = f"{where}: rule {number}"
+    _check_keys(table, _RULE_KEYS, place)
+    scheme = _string(table, "scheme", place)
+    if scheme is None:
+        message = "the rule has no scheme"
+        raise UsageError(message, where=place, hint='add scheme = "float" or a scheme')
+    name, block = _string(table, "name", place), _string(table, "block", place)
+    if name is not None:
+        check_pattern(name, place)
+    selector = Selector(
+        name,
+        _string(table, "op_type", place),
+        None if block is None else parse_blocks(block, place),
+        _between(table, place),
+    )
+    if selector == Selector():
+        message = "the rule selects nothing"
+        raise UsageError(
+            message,
+            where=place,
+            hint="give it name, op_type, block or between; for all other nodes set default",
+        )
+    reason = _string(table, "reason", place)
+    return Rule(selector, _scheme(scheme, place), reason, f"rule {number}")
+
+
+def _check_version(table: Mapping[str, Any], where: str) -> None:
+    version = table.get("version")
+    # bool is an int: `version = true` must not pass for 1.
+    if type(version) is not int or version != _VERSION:
+        found = "missing" if version is None else f"{version!r}"
+        message = f"the recipe's version is {found}, this compiler reads {_VERSION}"
+        raise UsageError(
+            message,
+            where=where,
+            hint=f"write version = {_VERSION}",
+        )
+
+
+def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = nearest(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            message = f"unknown key {key!r}"
+            raise UsageError(message, where=where, hint=hint)
+
+
+def _string(table: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = table.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        message = f"{key!r} is {value!r}, not a string with text in it"
+        raise UsageError(
+            message,
+            where=where,
+            hint=f'write {key} = "..."',
+        )
+    return value
+
+
+def _scheme(text: str, where: str) -> QScheme | None:
+    try:
+        return parse_scheme(text)
+    except UsageError as error:
+        raise UsageError(error.message, where=where, hint=error.hint) from error
+
+
+def _weight_range(table: Mapping[str, Any], where: str) -> RangeMethod | None:
+    text = _string(table, "weight_range", where)
+    if text is None:
+        return None
+    try:
+        return RangeMethod(text)
+    except ValueError as error:
+        known = " or ".join(repr(method.value) for method in RangeMethod)
+        message = f"'weight_range' is {text!r}, not {known}"
+        raise UsageError(message, where=where) from error
+
+
+def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:
+    value = table.get("between")
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(isinstance(item, str) and item for item in value)
+    ):
+        message = f"'between' is {value!r}, not two value names"
+        raise UsageError(
+            message,
+            where=where,
+            hint='write between = ["first value", "last value"]',
+        )
+    return value[0], value[1]
+
+
+def _rule_lines(rule: Rule) -> list[str]:
+    selector = rule.selector
+    lines = []
+    if selector.name is not None:
+        lines.append(f"name = {_quote(selector.name)}")
+    if selector.op_type is not None:
+        lines.append(f"op_type = {_quote(selector.op_type)}")
+    if selector.blocks is not None:
+        lines.append(f"block = {_quote(format_blocks(selector.blocks))}")
+    if selector.between is not None:
+        lines.append(f"between = [{', '.join(_quote(value) for value in selector.between)}]")
+    lines.append(f"scheme = {_quote(_scheme_text(rule.scheme))}")
+    if rule.reason is not None:
+        lines.append(f"reason = {_quote(rule.reason)}")
+    return lines
+
+
+def _scheme_text(scheme: QScheme | None) -> str:
+    return FLOAT if scheme is None else str(scheme)
+
+
+def _quote(text: str) -> str:
+    """Write a TOML basic string: quotes, backslashes and control characters escaped."""
+    escaped = re.sub(r'["\\\x00-\x1f\x7f]', lambda match: f"\\u{ord(match[0]):04x}", text)
+    return f'"{escaped}"'
