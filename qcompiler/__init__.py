@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     )
     from qcompiler.pipeline import CompileOptions, Verification
     from qcompiler.quant.ranges import RangeMethod
-    from qcompiler.quant.recipe import Recipe, Rule, Selector
+    from qcompiler.quant.recipe import Recipe, Rule
+    from qcompiler.quant.selector import Selector
 
 __version__ = version("qcompiler")
 
@@ -52,7 +53,7 @@ _HOME = {
     "RangeMethod": "qcompiler.quant.ranges",
     "Recipe": "qcompiler.quant.recipe",
     "Rule": "qcompiler.quant.recipe",
-    "Selector": "qcompiler.quant.recipe",
+    "Selector": "qcompiler.quant.selector",
     "Verification": "qcompiler.pipeline",
     "compile_model": "qcompiler.compile",
 }

@@ -1,0 +1,1 @@
+"""Passes that turn a Q/DQ graph into the form a target runs fastest."""

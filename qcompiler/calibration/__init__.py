@@ -1,0 +1,1 @@
+"""Where the inputs come from that models are run on."""

@@ -1,0 +1,77 @@
+"""`qcompile MODEL`: compile a model and show what was done."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompiler.cli.options import MODEL, plan_options
+
+
+@click.command("compile")
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
+@plan_options
+@click.option(
+    "--verify",
+    type=click.Choice(["structure", "numerics"]),
+    default="structure",
+    show_default=True,
+    help="What is checked after every pass; numerics also runs the model.",
+)
+@click.option(
+    "--samples", type=MODEL, metavar="NPZ", help="Inputs for --verify numerics; made up if absent."
+)
+@click.option("--dump-ir", type=MODEL, metavar="DIR", help="Write the model after every pass.")
+@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@click.option(
+    "--external-data/--no-external-data",
+    default=None,
+    help="Weights in a file of their own.  [default: above 256 MiB]",
+)
+@click.option(
+    "--inspect/--no-inspect",
+    "inspect_kernels",
+    default=True,
+    show_default=True,
+    help="Load the result in the runtime and report the kernels it chooses.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: processors]")
+def command(
+    model: Path,
+    output: Path | None,
+    report: str,
+    recipe: Path | None,
+    weight_range: str | None,
+    verify: str,
+    custom_ops: tuple[Path, ...],
+    **others: Any,
+) -> None:
+    """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
+    from qcompiler.cli.progress import terminal_progress
+    from qcompiler.compile import compile_model
+    from qcompiler.pipeline import CompileOptions, Verification
+    from qcompiler.quant.ranges import RangeMethod
+    from qcompiler.report.files import report_json
+    from qcompiler.report.terminal import print_report
+
+    options = CompileOptions(
+        recipe=recipe,
+        weight_range=None if weight_range is None else RangeMethod(weight_range),
+        verify=Verification(verify),
+        custom_op_libraries=custom_ops,
+        **others,
+    )
+    with terminal_progress() as progress:
+        result = compile_model(model, options, output=output, progress=progress)
+    if report == "json":
+        click.echo(report_json(result.report), nl=False)
+        return
+    print_report(result.report, result.path)
+    if options.scheme is None and options.recipe is None:
+        click.echo(
+            "No scheme was asked for, so weights went to int8 and activations stayed in float: "
+            "the safest saving without data. Calibration data would let activations go to int8 "
+            "as well, which is faster at large batch."
+        )

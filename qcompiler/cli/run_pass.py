@@ -1,0 +1,50 @@
+"""`qcompile run-pass NAME`: one pass alone, like `mlir-opt`."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompiler.cli.options import MODEL, plan_options
+
+
+@click.command("run-pass")
+@click.argument("name")
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=MODEL, required=True, help="Where the model goes.")
+@plan_options
+def command(
+    name: str,
+    model: Path,
+    output: Path,
+    recipe: Path | None,
+    weight_range: str | None,
+    **others: Any,
+) -> None:
+    """Run the pass NAME over MODEL, verify what it made, and write it to OUTPUT."""
+    from qcompiler.cli.progress import terminal_progress
+    from qcompiler.ir.load import load_model
+    from qcompiler.ir.save import save_model
+    from qcompiler.ir.weights import WeightStore
+    from qcompiler.pipeline import CompileOptions, make_plan, pass_named
+    from qcompiler.quant.ranges import RangeMethod
+    from qcompiler.rewriting.base import PassContext
+    from qcompiler.rewriting.manager import PassManager
+
+    method = None if weight_range is None else RangeMethod(weight_range)
+    plan = make_plan(CompileOptions(recipe=recipe, weight_range=method, **others))
+    rewrite = pass_named(name, plan)
+    graph = load_model(model)
+    with (
+        terminal_progress() as progress,
+        tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch,
+        WeightStore(Path(scratch)) as store,
+    ):
+        (record,) = PassManager(PassContext(store, progress)).run(graph, [rewrite])
+        save_model(graph, output, progress=progress)
+    click.echo(f"{record.name}: {len(record.rewrites)} rewrites, {record.seconds:.2f} s")
+    for change in record.rewrites:
+        click.echo(f"  {change.rule}  {change.node}  {change.detail}".rstrip())
+    for skip in record.skips:
+        click.echo(f"  not {skip.rule}  {skip.node}: {skip.reason}")

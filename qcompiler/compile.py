@@ -1,0 +1,304 @@
+"""The compilation, top to bottom: load, rewrite, write, look at what the runtime makes of it."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler.calibration.numerics import VerifyNumerics
+from qcompiler.calibration.samples import load_feeds, synthetic_feeds
+from qcompiler.errors import ModelError, TargetError, UsageError
+from qcompiler.execution.kernels import Inspection, inspect_kernels
+from qcompiler.ir.dataflow import all_nodes
+from qcompiler.ir.load import fingerprint, load_model
+from qcompiler.ir.provenance import SCHEME
+from qcompiler.ir.quantizable import find_sites
+from qcompiler.ir.save import SavedModel, save_model
+from qcompiler.ir.tensor_sites import tensor_sites
+from qcompiler.ir.weights import WeightStore
+from qcompiler.pipeline import CompileOptions, Plan, Verification, make_plan, pipeline
+from qcompiler.progress import Progress, SilentProgress
+from qcompiler.report.build import node_reports, output_checks, pass_reports, summarize
+from qcompiler.report.files import manifest_json, report_json
+from qcompiler.report.records import FileFacts, NodeReport, Report
+from qcompiler.rewriting.base import PassContext
+from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
+from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """What a compilation made.
+
+    Attributes:
+        path: The compiled model.
+        data_path: Its external data file, None when weights are inside the model.
+        report_path: The report, JSON (docs/report-schema.md).
+        manifest_path: Hashes, versions and options; identical for identical compilations.
+        report: The report, as an object.
+    """
+
+    path: Path
+    data_path: Path | None
+    report_path: Path
+    manifest_path: Path
+    report: Report
+
+    def model(self) -> ir.Model:
+        """Load the compiled model, lazily."""
+        return load_model(self.path)
+
+
+def default_output(source: Path, options: CompileOptions) -> Path:
+    """Return where a compiled model goes when nobody says: beside the source, scheme in the name.
+
+    Raises:
+        UsageError: An option names something that does not exist.
+    """
+    plan = make_plan(options)
+    label = "mixed" if options.recipe is not None else str(plan.recipe.default or "float")
+    return source.with_name(f"{source.stem}.{label.replace(':', '-')}.onnx")
+
+
+def compile_model(
+    source: Path | str | ir.Model,
+    options: CompileOptions | None = None,
+    *,
+    output: Path | str | None = None,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile a model and write it with its report and manifest.
+
+    Args:
+        source: Path of an ONNX model, or a model in memory (it is not changed).
+        options: What to do; None is weight-only int8 for ONNX Runtime.
+        output: Where the model goes; None is beside the source, with the scheme in the name.
+            A model in memory needs it. Report and manifest go beside it.
+        progress: Where long work shows how far it is; None is silent.
+
+    Returns:
+        The paths written, and the report.
+
+    Raises:
+        UsageError: Options, recipe or paths that cannot be used.
+        ModelError: The model is malformed, or there is nothing in it to compile.
+        TargetError: The runtime cannot load the result.
+        ParityError: `verify="numerics"` found a pass that changes what it must not.
+        InternalError: A pass is defective; a reproducer is kept beside the output.
+
+    Either all files are written or none; a killed run leaves nothing.
+    """
+    started = time.perf_counter()
+    options = options or CompileOptions()
+    progress = progress or SilentProgress()
+    plan = make_plan(options)
+    target_path = _output_path(source, output, options)
+    with _workspace(target_path) as workspace:
+        model, source_facts = _load(source, workspace, progress)
+        target_name = target_path.name
+        with WeightStore(workspace) as store:
+            numerics = _numerics_hook(model, options)
+            hooks = _hooks(options, target_path.parent, numerics)
+            context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
+            records = PassManager(context, hooks).run(model, pipeline(plan))
+            _require_something_done(model)
+            saved = save_model(
+                model,
+                workspace / "out" / target_name,
+                progress=progress,
+                external_data=options.external_data,
+            )
+        inspection = _inspect(model, saved, options, progress)
+        nodes = node_reports(model, inspection.kernels if inspection else {})
+        report = _report(
+            plan, source_facts, saved, model, nodes, records, numerics, inspection, started
+        )
+        return _publish(saved, target_path, report, options)
+
+
+def _output_path(
+    source: Path | str | ir.Model, output: Path | str | None, options: CompileOptions
+) -> Path:
+    if output is not None:
+        path = Path(output)
+    elif isinstance(source, ir.Model):
+        message = "a model in memory has no folder to write beside"
+        raise UsageError(message, hint="pass output=")
+    else:
+        path = default_output(Path(source), options)
+    if not isinstance(source, ir.Model) and path.exists() and path.samefile(Path(source)):
+        message = "the output would overwrite the model it is made from"
+        raise UsageError(message, where=str(path), hint="choose another -o")
+    if path.is_dir():
+        message = "is a folder"
+        raise UsageError(message, where=str(path), hint="name a file ending in .onnx")
+    return path
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """Make a hidden folder beside the output, so that finished files can be renamed into place."""
+    if not output.parent.is_dir():
+        message = "the folder does not exist"
+        raise UsageError(message, where=str(output.parent), hint="create it first")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+    except OSError as error:
+        message = f"cannot write there: {error.strerror}"
+        raise UsageError(message, where=str(output.parent)) from error
+    try:
+        (folder / "out").mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load(
+    source: Path | str | ir.Model, workspace: Path, progress: Progress
+) -> tuple[ir.Model, FileFacts]:
+    """Load the source; a model in memory goes through a file so that the caller's stays as is."""
+    if isinstance(source, ir.Model):
+        path = save_model(source, workspace / "source.onnx", progress=progress).path
+        name = source.graph.name or "model"
+    else:
+        path = Path(source)
+        name = path.name
+    model = load_model(path)
+    return model, _facts(path, name, model)
+
+
+def _facts(path: Path, name: str, model: ir.Model) -> FileFacts:
+    tensors = (site.tensor for site in tensor_sites(model))
+    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    size = path.stat().st_size + sum(file.stat().st_size for file in files)
+    return FileFacts(name, size, fingerprint(path), model.opset_imports.get("", 0))
+
+
+def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
+    if options.verify is not Verification.NUMERICS:
+        return None
+    if options.samples is not None:
+        return VerifyNumerics(load_feeds(options.samples, model))
+    return VerifyNumerics(synthetic_feeds(model, seed=options.seed))
+
+
+def _hooks(
+    options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
+) -> Sequence[PassHook]:
+    hooks: list[PassHook] = [KeepReproducer(folder)]
+    if options.dump_ir is not None:
+        hooks.append(DumpModels(options.dump_ir))
+    if numerics is not None:
+        hooks.append(numerics)
+    return hooks
+
+
+def _require_something_done(model: ir.Model) -> None:
+    """Stop when a model has no weight that could be quantized, rather than copy it."""
+    planned = any(node.metadata_props.get(SCHEME, "float") != "float" for node in all_nodes(model))
+    sites, others = find_sites(model)
+    if planned or sites:
+        return
+    already = [other for other in others if "quantized already" in other.reason]
+    if already:
+        message = f"the model is quantized already: {len(already)} ops read integer weights"
+        raise ModelError(message, hint="give the float model it was made from")
+    message = "there is no constant float weight to quantize in this model"
+    raise ModelError(message, hint="`qcompile inspect` lists its ops")
+
+
+def _inspect(
+    model: ir.Model, saved: SavedModel, options: CompileOptions, progress: Progress
+) -> Inspection | None:
+    """Load the written model in the runtime and see which kernels it chooses."""
+    if not options.inspect_kernels:
+        return None
+    names = [
+        node.name or ""
+        for node in all_nodes(model)
+        if node.metadata_props.get(SCHEME, "float") != "float"
+    ]
+    inspection = inspect_kernels(
+        saved.path,
+        names,
+        memory_limit=options.memory_limit,
+        custom_op_libraries=options.custom_op_libraries,
+        progress=progress,
+    )
+    if inspection.failure is not None:
+        message = f"ONNX Runtime does not load the compiled model: {inspection.failure}"
+        raise TargetError(
+            message,
+            hint="check that it loads the source model; --no-inspect writes the result anyway",
+        )
+    return inspection
+
+
+def _report(
+    plan: Plan,
+    source: FileFacts,
+    saved: SavedModel,
+    model: ir.Model,
+    nodes: tuple[NodeReport, ...],
+    records: Sequence[PassRecord],
+    numerics: VerifyNumerics | None,
+    inspection: Inspection | None,
+    started: float,
+) -> Report:
+    return Report(
+        qcompiler=version("qcompiler"),
+        target=plan.target.name,
+        recipe=plan.recipe.to_toml(),
+        source=source,
+        output=FileFacts(
+            saved.path.name,
+            saved.bytes,
+            fingerprint(saved.path),
+            model.opset_imports.get("", 0),
+        ),
+        summary=summarize(nodes, seconds=time.perf_counter() - started),
+        nodes=nodes,
+        passes=pass_reports(records),
+        output_checks=output_checks(numerics.records if numerics else ()),
+        warnings=_warnings(nodes),
+        runtime=inspection.runtime if inspection else None,
+    )
+
+
+def _warnings(nodes: Sequence[NodeReport]) -> tuple[str, ...]:
+    lost = [node for node in nodes if node.quantized and node.integer_kernel is False]
+    found = [
+        f"{node.name} is stored in {node.scheme}, and the runtime computes it in float "
+        f"({node.kernel})"
+        for node in lost
+    ]
+    return tuple(found)
+
+
+def _publish(
+    saved: SavedModel, path: Path, report: Report, options: CompileOptions
+) -> CompileResult:
+    """Write report and manifest beside the finished model, and rename all of it into place."""
+    folder = saved.path.parent
+    report_path = path.with_suffix(".report.json")
+    manifest_path = path.with_suffix(".manifest.json")
+    data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
+    texts = {report_path: report_json(report), manifest_path: manifest_json(report, options)}
+    try:
+        for final, text in texts.items():
+            (folder / final.name).write_text(text, encoding="utf-8")
+        # The model goes last: whoever sees it finds everything it needs.
+        finished = [report_path, manifest_path, path]
+        for final in finished if data_path is None else [data_path, *finished]:
+            (folder / final.name).replace(final)
+    except OSError as error:
+        message = f"cannot write the result: {error.strerror}"
+        raise UsageError(message, where=str(path)) from error
+    return CompileResult(path, data_path, report_path, manifest_path, report)

@@ -1,0 +1,1 @@
+"""Running graphs, and seeing what a runtime makes of them."""

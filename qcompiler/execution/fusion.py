@@ -1,0 +1,105 @@
+"""Which quantized matrix products ONNX Runtime turns into integer kernels by itself.
+
+Measured with ONNX Runtime 1.32; the lowering passes rewrite what it leaves alone.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix
+from qcompiler.ir.dataflow import int_attribute, ints_attribute, is_op
+
+_TWO_BIT_OUTPUTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPath:
+    """How a coded matrix reaches the right side of a MatMul or Gemm.
+
+    Attributes:
+        matrix: The codes and their DequantizeLinear.
+        transpose: The Transpose between them and the op, None where there is none.
+        transposed: Whether the op multiplies by the transposed matrix, so that codes are `[N, K]`.
+    """
+
+    matrix: CodedMatrix
+    transpose: ir.Node | None
+    transposed: bool
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        rows, columns = self.matrix.shape
+        return rows if self.transposed else columns
+
+    @property
+    def reduction(self) -> int:
+        """Number of input channels."""
+        rows, columns = self.matrix.shape
+        return columns if self.transposed else rows
+
+    @property
+    def along_reduction(self) -> bool:
+        """Whether blocks, or the one scale per channel, lie along the input channels."""
+        return self.matrix.axis == (1 if self.transposed else 0)
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether nothing else reads codes, scale, zero point or the dequantized weight."""
+        if self.matrix.in_bytes:
+            return False
+        made = [self.matrix.dequantize.outputs[0]]
+        if self.transpose is not None:
+            made.append(self.transpose.outputs[0])
+        values = [*self.matrix.operands, *made]
+        return all(len(value.uses()) == 1 and not value.is_graph_output() for value in values)
+
+
+def weight_path(node: ir.Node) -> WeightPath | None:
+    """Follow the right input of a MatMul or Gemm to a coded matrix; None if there is none."""
+    if not is_op(node, "MatMul", "Gemm") or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    transpose = None
+    if producer is not None and is_op(producer, "Transpose") and producer.inputs[0] is not None:
+        if ints_attribute(producer, "perm") not in (None, (1, 0)):
+            return None
+        transpose, producer = producer, producer.inputs[0].producer()
+    matrix = coded_matrix(producer)
+    if matrix is None:
+        return None
+    turned = is_op(node, "Gemm") and int_attribute(node, "transB", 0) == 1
+    return WeightPath(matrix, transpose, turned != (transpose is not None))
+
+
+def is_plain_product(node: ir.Node) -> bool:
+    """Whether a node is a MatMul, or a Gemm that ONNX Runtime fuses like one.
+
+    Such a Gemm has alpha = beta = 1, transposes nothing, and its bias, if any, is a vector.
+    """
+    if not is_op(node, "Gemm"):
+        return is_op(node, "MatMul")
+    scales = [node.attributes.get(name) for name in ("alpha", "beta")]
+    if any(scale is not None and scale.as_float() != 1.0 for scale in scales):
+        return False
+    if int_attribute(node, "transA", 0) or int_attribute(node, "transB", 0):
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return bias is None or (bias.shape is not None and len(bias.shape) == 1)
+
+
+def is_fused_by_runtime(node: ir.Node, path: WeightPath) -> bool:
+    """Whether ONNX Runtime makes a MatMulNBits of a product and its DequantizeLinear.
+
+    It does not when codes or scales are shared, for blocks behind a Transpose, and inside a body
+    whose weights lie outside of it. At 2 bits it fuses into wrong results where the number of
+    output channels is no multiple of 4; that counts as "not".
+    """
+    if not is_plain_product(node) or not path.exclusive or not path.along_reduction:
+        return False
+    if any(value.graph is not node.graph for value in path.matrix.operands):
+        return False
+    if path.transposed:
+        return path.matrix.block_size is None and path.matrix.bits == 8
+    return path.matrix.bits != 2 or path.outputs % _TWO_BIT_OUTPUTS == 0

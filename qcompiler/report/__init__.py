@@ -1,0 +1,1 @@
+"""What was done and why, for people and for machines."""

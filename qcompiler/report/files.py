@@ -1,0 +1,96 @@
+"""The report and the manifest as JSON text."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import UsageError
+from qcompiler.report.records import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    FileFacts,
+    NodeReport,
+    OutputCheck,
+    PassReport,
+    Report,
+    SkipReport,
+    Summary,
+)
+
+_VERSIONS = ("qcompiler", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def report_json(report: Report) -> str:
+    """Return the report as JSON text; numbers that are not finite do not occur."""
+    return json.dumps(asdict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read a report back.
+
+    Raises:
+        UsageError: Not a report, or one of a schema version this compiler does not know.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("schema") != SCHEMA or content.get("schema_version") != SCHEMA_VERSION:
+            message = f"is not a {SCHEMA} of version {SCHEMA_VERSION}"
+            raise UsageError(message, where=str(path))
+        return _report(content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"cannot be read as a report: {error}"
+        raise UsageError(message, where=str(path)) from error
+
+
+def _report(content: dict[str, Any]) -> Report:
+    return Report(
+        **{
+            **content,
+            "source": FileFacts(**content["source"]),
+            "output": FileFacts(**content["output"]),
+            "summary": Summary(**content["summary"]),
+            "nodes": tuple(NodeReport(**node) for node in content["nodes"]),
+            "passes": tuple(
+                PassReport(**{**p, "skips": tuple(SkipReport(**s) for s in p["skips"])})
+                for p in content["passes"]
+            ),
+            "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
+            "warnings": tuple(content["warnings"]),
+        }
+    )
+
+
+def manifest_json(report: Report, options: Any) -> str:
+    """Return the manifest: what went in, what came out, and with what.
+
+    It holds no time and no path, so that two equal compilations give equal manifests.
+
+    Args:
+        report: The report of the compilation.
+        options: The frozen dataclass of compile options.
+    """
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+    content = {
+        "schema": "qcompiler-manifest",
+        "schema_version": 1,
+        "input": asdict(report.source),
+        "output": asdict(report.output),
+        "target": report.target,
+        "recipe": report.recipe,
+        "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
+        "options": {
+            name: str(chosen[name]) for name in ("weight_range", "user_passes", "external_data")
+        },
+        "versions": {name: _version(name) for name in _VERSIONS},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,156 @@
+"""What a report holds. The JSON form has the same names; docs/report-schema.md explains it."""
+
+from dataclasses import dataclass
+
+SCHEMA = "qcompiler-report"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A model file.
+
+    Attributes:
+        name: File name without folders.
+        bytes: Size of the .onnx file and its external data together.
+        sha256: Hash over both.
+        opset: Version of the ai.onnx operator set.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    opset: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What one quantizable op got, and why.
+
+    Attributes:
+        name: The node, as the source model calls it.
+        op_type: The op, as the source model calls it.
+        scheme: Text form, or "float".
+        rule: The recipe rule or target row that decided.
+        reason: Why, as a sentence.
+        weight: Name of the source weight; two joined by a space for recurrent ops.
+        elements: Elements of the weight.
+        bytes_before: Bytes of the weight in the source model.
+        bytes_after: Bytes of codes, scales and zero points; of the float weight if it stayed.
+        sqnr_db: Signal to quantization noise ratio of the weight, dB; None for float.
+        kernel: What the runtime really runs there; None if that was not looked at.
+        integer_kernel: Whether that kernel reads integer weights; None if not looked at.
+    """
+
+    name: str
+    op_type: str
+    scheme: str
+    rule: str
+    reason: str
+    weight: str | None
+    elements: int
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    kernel: str | None
+    integer_kernel: bool | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the op got a scheme."""
+        return self.scheme != "float"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, scales and zero points counted; 0 without a weight."""
+        return 8 * self.bytes_after / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SkipReport:
+    """A place a pass left alone."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: The pass.
+        stage: Stage of the model afterwards.
+        numerics: exact, reordered or lossy.
+        seconds: Wall time of the pass itself.
+        rewrites: Number of changes.
+        skips: What it refused, with reasons.
+    """
+
+    name: str
+    stage: str
+    numerics: str
+    seconds: float
+    rewrites: int
+    skips: tuple[SkipReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCheck:
+    """How a pass changed one output (`--verify numerics`)."""
+
+    name: str
+    output: str
+    max_abs: float
+    max_rel: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Totals over all weights; a weight that several ops share counts once.
+
+    Attributes:
+        sites: Quantizable ops that have a weight.
+        quantized: How many of them got a scheme.
+        weight_bytes_before: Bytes of all their weights in the source model.
+        weight_bytes_after: Bytes in the result, scales and zero points counted.
+        average_bits: Stored bits per element over the quantized weights.
+        average_bits_all: Stored bits per element over all weights, float ones included.
+        worst_sqnr_db: Lowest weight SQNR, dB; None if nothing was quantized.
+        integer_kernels: Quantized ops that the runtime runs on integer weights; None if not
+            looked at.
+        peak_memory_bytes: Peak resident memory of the process.
+        seconds: Wall time of the whole compilation.
+    """
+
+    sites: int
+    quantized: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    average_bits: float
+    average_bits_all: float
+    worst_sqnr_db: float | None
+    integer_kernels: int | None
+    peak_memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything a compilation has to say."""
+
+    qcompiler: str
+    target: str
+    recipe: str
+    source: FileFacts
+    output: FileFacts
+    summary: Summary
+    nodes: tuple[NodeReport, ...]
+    passes: tuple[PassReport, ...]
+    output_checks: tuple[OutputCheck, ...]
+    warnings: tuple[str, ...]
+    runtime: str | None
+    schema: str = SCHEMA
+    schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,190 @@
+"""The report for a terminal."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcompiler.report.records import NodeReport, PassReport, Report
+
+_MAX_ROWS = 40
+_WIDTH_OF_A_FILE = 160
+
+
+def size(count: float) -> str:
+    """Return bytes in a unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _console() -> Console:
+    """Return standard output; where it is no terminal, wide enough that names stay whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_OF_A_FILE)
+
+
+def print_report(report: Report, path: Path, console: Console | None = None) -> None:
+    """Print what was done to every node, the totals, and what to know."""
+    console = console or _console()
+    console.print(_node_table(report.nodes))
+    for line in _totals(report):
+        console.print(escape(line), highlight=False)
+    for line in _not_quantized(report.nodes):
+        console.print(escape(line), highlight=False)
+    for warning in report.warnings[:_MAX_ROWS]:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+    if len(report.warnings) > _MAX_ROWS:
+        console.print(f"[yellow]and {len(report.warnings) - _MAX_ROWS} more warnings[/]")
+    console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def _node_table(nodes: Sequence[NodeReport]) -> Table:
+    """Show every node of a small model, and one row a kind of treatment of a large one."""
+    shown = [node for node in nodes if node.weight is not None]
+    table = Table(box=None, pad_edge=False)
+    columns = ("node", "op", "scheme", "SQNR dB", "before", "after", "bits", "kernel")
+    for name in columns:
+        names_things = name in ("node", "kernel")
+        table.add_column(
+            name,
+            justify="right" if name in columns[3:7] else "left",
+            no_wrap=not names_things,
+            overflow="fold",
+        )
+    if len(shown) <= _MAX_ROWS:
+        for node in shown:
+            table.add_row(*_cells(node))
+        return table
+    groups: dict[tuple[str, str, str | None], list[NodeReport]] = {}
+    for node in shown:
+        groups.setdefault((node.op_type, node.scheme, node.kernel), []).append(node)
+    for (op_type, scheme, kernel), members in groups.items():
+        table.add_row(*_group_cells(op_type, scheme, kernel, members))
+    return table
+
+
+def _cells(node: NodeReport) -> tuple[str, ...]:
+    return (
+        escape(node.name),
+        node.op_type,
+        node.scheme,
+        "" if node.sqnr_db is None else f"{node.sqnr_db:.1f}",
+        size(node.bytes_before),
+        size(node.bytes_after),
+        f"{node.bits_per_weight:.2f}",
+        escape(node.kernel or ""),
+    )
+
+
+def _group_cells(
+    op_type: str, scheme: str, kernel: str | None, members: Sequence[NodeReport]
+) -> tuple[str, ...]:
+    distinct = list({node.weight: node for node in members}.values())
+    qualities = [node.sqnr_db for node in members if node.sqnr_db is not None]
+    elements = sum(node.elements for node in distinct)
+    after = sum(node.bytes_after for node in distinct)
+    return (
+        f"{len(members)} nodes",
+        op_type,
+        scheme,
+        f"{min(qualities):.1f}..{max(qualities):.1f}" if qualities else "",
+        size(sum(node.bytes_before for node in distinct)),
+        size(after),
+        f"{8 * after / elements:.2f}" if elements else "",
+        escape(kernel or ""),
+    )
+
+
+def _totals(report: Report) -> Iterator[str]:
+    summary = report.summary
+    before, after = summary.weight_bytes_before, summary.weight_bytes_after
+    ratio = f" ({before / after:.2f}x smaller)" if after else ""
+    yield (
+        f"{summary.quantized} of {summary.sites} weight ops quantized; weights "
+        f"{size(before)} -> {size(after)}{ratio}; file {size(report.source.bytes)} -> "
+        f"{size(report.output.bytes)}"
+    )
+    yield (
+        f"{summary.average_bits:.2f} bits per quantized weight, scales and zero points counted; "
+        f"{summary.average_bits_all:.2f} over all weights"
+    )
+    if summary.integer_kernels is not None:
+        yield (
+            f"{summary.integer_kernels} of {summary.quantized} quantized ops run on integer "
+            f"weights in {report.runtime}"
+        )
+    yield f"{summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"
+
+
+def _not_quantized(nodes: Sequence[NodeReport]) -> Iterator[str]:
+    """Group the reasons of ops with a weight that stayed in float."""
+    kept = [node for node in nodes if node.weight is not None and not node.quantized]
+    for reason, count in Counter(node.reason for node in kept).most_common():
+        names = [node.name for node in kept if node.reason == reason][:3]
+        more = ", ..." if count > len(names) else ""
+        yield f"left in float: {count} ({', '.join(names)}{more}): {reason}"
+
+
+def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]:
+    """Yield all that is known of a node, one line a fact."""
+    yield f"{node.name} ({node.op_type})"
+    yield f"  scheme   {node.scheme}"
+    yield f"  rule     {node.rule}"
+    yield f"  reason   {node.reason}"
+    if node.weight is not None:
+        yield f"  weight   {node.weight}: {node.elements} elements"
+        yield (
+            f"  size     {size(node.bytes_before)} -> {size(node.bytes_after)}, "
+            f"{node.bits_per_weight:.2f} bits per element"
+        )
+    if node.sqnr_db is not None:
+        yield f"  SQNR     {node.sqnr_db:.1f} dB (weight against its quantized form)"
+    if node.kernel is not None:
+        yield f"  kernel   {node.kernel}"
+    for record in passes:
+        for skip in record.skips:
+            if skip.node == node.name and skip.reason != node.reason:
+                yield f"  {record.name} left it alone ({skip.rule}): {skip.reason}"
+
+
+def print_inspection(found: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `inspect_model` found."""
+    console = console or _console()
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in found["opsets"].items())
+    console.print(f"{escape(found['model'])}: {escape(opsets)}; {escape(found['producer'])}")
+    for kind in ("inputs", "outputs"):
+        for line in found[kind]:
+            console.print(f"  {kind[:-1]} {escape(line)}", highlight=False)
+    ops = ", ".join(f"{count} {op}" for op, count in found["ops"].items())
+    console.print(escape(f"ops: {ops}"), highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("site", "op", "weight", "shape", "type", "size"):
+        table.add_column(name, justify="right" if name == "size" else "left")
+    for site in found["sites"]:
+        table.add_row(
+            escape(site["name"]),
+            site["op_type"],
+            escape(site["weight"]),
+            escape(str(site["shape"])),
+            site["dtype"],
+            size(site["bytes"]),
+        )
+    console.print(table)
+    for other in found["not_quantizable"]:
+        line = f"not quantizable: {other['name']} ({other['op_type']}): {other['reason']}"
+        console.print(escape(line), highlight=False)
+    console.print(f"{len(found['blocks'])} blocks:")
+    for block in found["blocks"]:
+        label = f" {block['label']}" if block["label"] else ""
+        line = f"  {block['index']}{label}: {block['sites']} sites, ends in {block['output']}"
+        console.print(escape(line), highlight=False)
+    console.print(
+        f"weights {size(found['weight_bytes'])} of {size(found['constant_bytes'])} in constants"
+    )

@@ -1,0 +1,1 @@
+"""What each runtime can run, as tables."""

@@ -1,0 +1,396 @@
+"""What a runtime can run, as data, and the one function that reads it.
+
+A target is a frozen table. No code anywhere asks which target it is working for: it hands a
+request to `resolve`, which finds the first row that fits and says why, or why none does.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from qcompiler.quant.qtype import QType
+from qcompiler.quant.scheme import Activations, QScheme
+
+OpType = tuple[str, str]
+"""Operator domain ("" is ONNX's own) and name."""
+
+ANY_REDUCTION: Final = 1
+
+
+class WeightUse(StrEnum):
+    """How a weight reaches its op; kernels differ by it."""
+
+    PLAIN = "plain"
+    """As the op's usual weight input: `[K, N]` of a MatMul, `[M, C, kH, kW]` of a Conv."""
+    TRANSPOSED = "transposed"
+    """A matrix stored `[N, K]`, through a Transpose node or Gemm's transB."""
+    SHARED_TABLE = "shared table"
+    """A table `[N, K]` that a Gather looks up and a MatMul or Gemm multiplies by, transposed."""
+    LEFT = "left"
+    """The first input of a matrix product, with the data on the right."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeRequest:
+    """What a recipe wants for one weight, and what the choice may depend on.
+
+    Attributes:
+        op_type: Operator name.
+        domain: Operator domain, "" for ONNX's own.
+        scheme: What was asked for; symmetry and block size may be undecided.
+        float_type: ONNX name of the weight's float type, such as "FLOAT16".
+        reduction: Number of input channels (K).
+        outputs: Number of output channels (N).
+        weight_rank: Rank of the weight.
+        elements: Number of elements of the weight, None for `reduction * outputs`.
+        transposed: Whether the weight reaches the op through a Transpose (or Gemm's transB).
+        tied: Whether several ops share the weight.
+        left: Whether the weight is the first input of a matrix product.
+    """
+
+    op_type: str
+    domain: str
+    scheme: QScheme
+    float_type: str
+    reduction: int
+    outputs: int
+    weight_rank: int
+    elements: int | None = None
+    transposed: bool = False
+    tied: bool = False
+    left: bool = False
+
+    @property
+    def op(self) -> OpType:
+        """Domain and name."""
+        return ("" if self.domain == "ai.onnx" else self.domain, self.op_type)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the weight."""
+        return self.reduction * self.outputs if self.elements is None else self.elements
+
+    @property
+    def use(self) -> WeightUse:
+        """How the weight reaches the op."""
+        if self.left:
+            return WeightUse.LEFT
+        if self.tied and (self.transposed or self.op_type == "Gather"):
+            return WeightUse.SHARED_TABLE
+        return WeightUse.TRANSPOSED if self.transposed else WeightUse.PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a weight gets.
+
+    Attributes:
+        scheme: The scheme with block size and symmetry decided, None for float.
+        rule: Short name of the table row or refusal that decided.
+        reason: Why, one sentence.
+        kernel: What the runtime is expected to run.
+        opset: The ONNX opset the quantized form needs; 0 for float.
+        weight_type: The integer type of the codes where it is narrower than the scheme's own.
+    """
+
+    scheme: QScheme | None
+    rule: str
+    reason: str
+    kernel: str
+    opset: int
+    weight_type: QType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing a runtime can run.
+
+    Attributes:
+        rule: Short kebab-case name, which reports show.
+        ops: The op types it is about.
+        weight_bits: The widths it is about.
+        activations: What happens to the data input.
+        uses: How the weight may reach the op.
+        ranks: Legal ranks of the weight.
+        per_channel: Whether one scale per output channel is legal.
+        block_sizes: Legal block sizes, ascending; empty where blocks are not.
+        ragged: Whether the last block may be shorter than the others.
+        symmetric: Legal symmetries, the preferred one first.
+        float_types: ONNX names of the float types computed in.
+        kernel: What the runtime runs.
+        source: Where the row comes from.
+        outputs_multiple: The number of output channels must be a multiple of this.
+        reduction_multiple: The number of input channels must be a multiple of this.
+        weight_type: Integer type of the codes where narrower than the width's own.
+        note: A clause added to the reason: what a user should know about the row.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    activations: Activations
+    uses: tuple[WeightUse, ...]
+    ranks: tuple[int, ...]
+    per_channel: bool
+    block_sizes: tuple[int, ...]
+    ragged: bool
+    symmetric: tuple[bool, ...]
+    float_types: tuple[str, ...]
+    kernel: str
+    source: str
+    outputs_multiple: int = 1
+    reduction_multiple: int = ANY_REDUCTION
+    weight_type: QType | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing a runtime runs badly or not at all.
+
+    Attributes:
+        rule: Short kebab-case name.
+        ops: The op types it is about.
+        weight_bits: The widths it is about.
+        reason: Why the op stays in float, one sentence without a full stop.
+        source: Where the row comes from.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """What to try where no row fits the request.
+
+    Attributes:
+        ops: The op types it is about.
+        weight_bits: The requested widths.
+        activations: The requested treatment of the data input.
+        instead_bits: The width to try.
+        instead_activations: The treatment of the data input to try.
+    """
+
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    activations: Activations
+    instead_bits: int
+    instead_activations: Activations
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What one runtime can run.
+
+    Attributes:
+        name: Name on the command line.
+        title: What reports call it.
+        opset_min: Lowest ONNX opset it loads.
+        opset_max: Highest.
+        default_scheme: Text form of what ops are asked to get when nothing was said.
+        min_elements: Weights with fewer elements stay in float.
+        min_elements_reason: Why, a clause.
+        rows: What it can run, the best first.
+        refusals: What it cannot.
+        substitutes: What to try instead.
+    """
+
+    name: str
+    title: str
+    opset_min: int
+    opset_max: int
+    default_scheme: str
+    min_elements: int
+    min_elements_reason: str
+    rows: tuple[Row, ...]
+    refusals: tuple[Refusal, ...]
+    substitutes: tuple[Substitute, ...]
+
+    def opset_for(self, scheme: QScheme, float_type: str = "FLOAT16") -> int:
+        """Return the ONNX opset that a scheme's Q/DQ form needs, at least the target's lowest."""
+        return max(self.opset_min, _opset(scheme, float_type))
+
+
+BLOCKED_OPSET: Final = 21
+"""DequantizeLinear-21 added blocks and 4-bit types (ONNX operator changelog)."""
+INT2_OPSET: Final = 25
+"""DequantizeLinear-25 added 2-bit types."""
+HALF_SCALE_OPSET: Final = 19
+"""DequantizeLinear-19 added 16-bit float scales."""
+PER_AXIS_OPSET: Final = 13
+"""DequantizeLinear-13 added the axis attribute."""
+
+
+def resolve(target: Target, request: SchemeRequest) -> Resolution:
+    """Decide what one weight gets on a target.
+
+    Worked example: w4a16:b128 on a MatMul with K = 64 gives one scale per output channel, with a
+    reason that says that one block covers the whole axis.
+    """
+    if request.size < target.min_elements:
+        return _float(
+            "small-weight",
+            f"its weight has {request.size} elements, fewer than {target.min_elements}: "
+            f"{target.min_elements_reason}",
+        )
+    complaints: list[tuple[bool, str]] = []
+    for row in _rows_for(target, request):
+        found = _fit(row, request)
+        if isinstance(found, Resolution):
+            return found
+        complaints.append((request.use not in row.uses, found))
+    # What the first row about this use of the weight says, before rows about other uses.
+    complaint = min(complaints, key=lambda item: item[0], default=(False, ""))[1]
+    return _instead(target, request, complaint)
+
+
+def _rows_for(target: Target, request: SchemeRequest) -> list[Row]:
+    return [
+        row
+        for row in target.rows
+        if request.op in row.ops
+        and request.scheme.weight_bits in row.weight_bits
+        and request.scheme.activations is row.activations
+    ]
+
+
+def _instead(target: Target, request: SchemeRequest, complaint: str) -> Resolution:
+    """Try a substitute, else refuse; `complaint` says why the best row did not fit."""
+    refusal = _refusal_for(target, request)
+    why = complaint or (refusal.reason if refusal else "")
+    for substitute in target.substitutes:
+        if _applies(substitute, request):
+            scheme = replace(
+                request.scheme,
+                weight_bits=substitute.instead_bits,
+                activations=substitute.instead_activations,
+            )
+            found = resolve(target, replace(request, scheme=scheme))
+            why = why or f"{target.title} has no {request.scheme} kernel for {request.op_type}"
+            return replace(found, reason=f"{why}; instead of {request.scheme}: {found.reason}")
+    if refusal is not None and not complaint:
+        return _float(refusal.rule, refusal.reason)
+    reason = why or f"{target.title} has no {request.scheme} kernel for {request.op_type}"
+    return _float("no-kernel", reason)
+
+
+def _applies(substitute: Substitute, request: SchemeRequest) -> bool:
+    return (
+        request.op in substitute.ops
+        and request.scheme.weight_bits in substitute.weight_bits
+        and request.scheme.activations is substitute.activations
+    )
+
+
+def _refusal_for(target: Target, request: SchemeRequest) -> Refusal | None:
+    for refusal in target.refusals:
+        if request.op in refusal.ops and request.scheme.weight_bits in refusal.weight_bits:
+            return refusal
+    return None
+
+
+def _float(rule: str, reason: str) -> Resolution:
+    return Resolution(None, rule, reason, "float", 0)
+
+
+def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
+    """Return what the row gives, or why it does not fit."""
+    complaint = _misfit(row, request)
+    if complaint:
+        return complaint
+    block = _block_size(row, request)
+    if block is None:
+        return (
+            f"no legal granularity for {request.reduction} input channels: "
+            f"block sizes {list(row.block_sizes)} do not divide it"
+        )
+    block_size, block_note = block
+    symmetric, symmetry_note = _symmetry(row, request)
+    scheme = replace(request.scheme, block_size=block_size or None, symmetric=symmetric)
+    notes = [note for note in (block_note, symmetry_note, row.note) if note]
+    return Resolution(
+        scheme,
+        row.rule,
+        "; ".join([f"runs as {row.kernel}", *notes]),
+        row.kernel,
+        _opset(scheme, request.float_type),
+        row.weight_type,
+    )
+
+
+def _misfit(row: Row, request: SchemeRequest) -> str:
+    """Return why the row cannot be used whatever the granularity, "" if it can."""
+    name = request.op_type
+    if request.use not in row.uses:
+        return f"no integer kernel for a {name} with a {request.use} weight"
+    if request.weight_rank not in row.ranks:
+        return f"no integer kernel for a {name} with a weight of rank {request.weight_rank}"
+    if request.float_type not in row.float_types:
+        return (
+            f"no {request.scheme.weight_bits}-bit kernel for a {request.float_type} {name}; "
+            f"there is one for {', '.join(row.float_types)}"
+        )
+    if request.outputs % row.outputs_multiple:
+        return (
+            f"{row.kernel} gives wrong results unless the number of output channels, "
+            f"{request.outputs}, is a multiple of {row.outputs_multiple}"
+        )
+    if request.reduction % row.reduction_multiple:
+        return (
+            f"{row.kernel} needs rows of a multiple of {row.reduction_multiple} elements, "
+            f"not {request.reduction}"
+        )
+    return ""
+
+
+def _block_size(row: Row, request: SchemeRequest) -> tuple[int, str] | None:
+    """Return the block size (0 for one scale per output channel) and why it changed."""
+    asked, channels = request.scheme.block_size, request.reduction
+    legal = [
+        size
+        for size in row.block_sizes
+        if size <= channels and (row.ragged or channels % size == 0)
+    ]
+    if asked is None:
+        if row.per_channel:
+            return 0, ""
+        reason = "one scale per output channel has no kernel"
+    elif asked in legal:
+        return asked, ""
+    elif asked >= channels and row.per_channel:
+        same = f"one block of {asked} covers all {channels} input channels"
+        return 0, f"{same}, so there is one scale per output channel"
+    elif asked > channels:
+        reason = f"blocks of {asked} are larger than the {channels} input channels"
+    elif asked not in row.block_sizes:
+        reason = f"blocks of {asked} have no fast kernel"
+    else:
+        reason = f"{channels} input channels do not divide into blocks of {asked}"
+    smaller = [size for size in legal if asked is None or size <= asked]
+    if smaller:
+        return smaller[-1], f"blocks of {smaller[-1]}, since {reason}"
+    if legal:
+        return legal[0], f"blocks of {legal[0]}, since {reason}"
+    if row.per_channel:
+        return 0, f"one scale per output channel, since {reason}"
+    return None
+
+
+def _symmetry(row: Row, request: SchemeRequest) -> tuple[bool, str]:
+    asked = request.scheme.symmetric
+    if asked is None or asked in row.symmetric:
+        return row.symmetric[0] if asked is None else asked, ""
+    with_or_without = "without" if row.symmetric[0] else "with"
+    return row.symmetric[0], f"{with_or_without} a zero point, the only form of {row.kernel}"
+
+
+def _opset(scheme: QScheme, float_type: str) -> int:
+    if scheme.weight_bits == 2:
+        return INT2_OPSET
+    if scheme.weight_bits < 8 or scheme.block_size is not None or float_type == "BFLOAT16":
+        return BLOCKED_OPSET
+    return PER_AXIS_OPSET if float_type == "FLOAT" else HALF_SCALE_OPSET

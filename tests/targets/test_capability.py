@@ -1,0 +1,189 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompiler.quant.qtype import INT7
+from qcompiler.quant.scheme import QScheme, parse_scheme
+from qcompiler.targets.capability import Resolution, SchemeRequest, WeightUse, resolve
+from qcompiler.targets.onnxruntime import ONNXRUNTIME
+
+BASE = SchemeRequest("MatMul", "", QScheme(8), "FLOAT", 1024, 512, 2)
+
+
+def resolved(text: str, **changes: object) -> Resolution:
+    scheme = parse_scheme(text)
+    assert scheme is not None
+    return resolve(ONNXRUNTIME, replace(BASE, scheme=scheme, **changes))  # type: ignore[arg-type]
+
+
+def scheme_text(resolution: Resolution) -> str:
+    return "float" if resolution.scheme is None else str(resolution.scheme)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "scheme", "rule", "reason"),
+    [
+        ("w8a16", {}, "w8a16:sym", "matmul-nbits-8", "MatMulNBits (8-bit)"),
+        ("w8a16:asym", {}, "w8a16:asym", "matmul-nbits-8", "MatMulNBits (8-bit)"),
+        ("w4a16:b128", {}, "w4a16:b128:asym", "matmul-nbits-4", "MatMulNBits (4-bit)"),
+        ("w3a16:b128", {}, "w3a16:b128:asym", "matmul-nbits-4", "MatMulNBits (4-bit)"),
+        ("w4a16:b128", {"reduction": 576}, "w4a16:b128:asym", "matmul-nbits-4", ""),
+        ("w4a16:b128", {"reduction": 64}, "w4a16:asym", "matmul-nbits-4", "covers all 64"),
+        ("w4a16:b512", {}, "w4a16:b256:asym", "", "no fast kernel"),
+        ("w2a16:b16", {}, "w2a16:b32:asym", "matmul-nbits-2", "no fast kernel"),
+        ("w2a16:b256", {}, "w2a16:b128:asym", "matmul-nbits-2", "no fast kernel"),
+        (
+            "w4a16:b128",
+            {"reduction": 576, "transposed": True},
+            "w4a16:b64:asym",
+            "matmul-nbits-transposed",
+            "do not divide into blocks of 128",
+        ),
+        (
+            "w4a16",
+            {"transposed": True},
+            "w4a16:b256:asym",
+            "matmul-nbits-transposed",
+            "one scale per output channel has no kernel",
+        ),
+        (
+            "w4a16:b32",
+            {"reduction": 100, "transposed": True},
+            "float",
+            "no-kernel",
+            "no legal granularity for 100 input channels",
+        ),
+        ("w4a16:b32", {"weight_rank": 3}, "float", "no-kernel", "weight of rank 3"),
+        ("w8a16", {"weight_rank": 3}, "w8a16:sym", "decoded-at-load-matmul", "decoded once"),
+        ("w4a16:b32", {"left": True}, "float", "no-kernel", "left weight"),
+        ("w8a16", {"left": True}, "w8a16:sym", "decoded-at-load-matmul", "decoded once"),
+        ("w8a16", {"float_type": "DOUBLE"}, "float", "no-kernel", "DOUBLE"),
+        ("w4a16:b32", {"float_type": "BFLOAT16"}, "", "bfloat16-no-cpu-kernel", "no bfloat16"),
+        ("w8a16", {"outputs": 1, "reduction": 100}, "float", "small-weight", "100 elements"),
+        ("w8a8-dynamic", {}, "w8a8-dynamic:sym", "dynamic-quantize-matmul", "7-bit"),
+        ("w8a8-dynamic", {"float_type": "FLOAT16"}, "w8a16:sym", "", "instead of w8a8-dynamic"),
+        ("w8a8-dynamic:asym", {}, "w8a8-dynamic:sym", "", "without a zero point"),
+        ("w8a16", {"op_type": "Einsum"}, "float", "no-kernel", "no w8a16 kernel for Einsum"),
+        ("w8a16", {"domain": "ai.onnx"}, "w8a16:sym", "matmul-nbits-8", ""),
+        (
+            "w8a16",
+            {"op_type": "FusedMatMul", "domain": "com.microsoft"},
+            "w8a16:sym",
+            "decoded-at-load-matmul",
+            "",
+        ),
+    ],
+)
+def test_matrix_products(
+    text: str, changes: dict[str, object], scheme: str, rule: str, reason: str
+) -> None:
+    found = resolved(text, **changes)
+    assert scheme in ("", scheme_text(found))
+    assert rule in ("", found.rule)
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("op_type", "rank", "text", "scheme", "reason"),
+    [
+        ("Conv", 4, "w8a16", "w8a16:sym", "decoded once when the session starts"),
+        ("Conv", 4, "w4a16:b32", "float", "no convolution kernel"),
+        ("ConvTranspose", 4, "w2a16:b64", "float", "no convolution kernel"),
+        ("Conv", 4, "w8a8-dynamic", "w8a16:sym", "no w8a8-dynamic kernel for Conv"),
+        ("LSTM", 3, "w8a16", "w8a16:sym", "decoded once"),
+        ("GRU", 3, "w4a16:b32", "float", "no recurrent kernel"),
+        ("Gather", 2, "w4a16:b32", "w4a16:b32:asym", "GatherBlockQuantized (4-bit)"),
+        ("Gather", 2, "w8a16", "w8a16:asym", "GatherBlockQuantized (8-bit)"),
+        ("Gather", 3, "w8a16", "float", "weight of rank 3"),
+    ],
+)
+def test_other_ops(op_type: str, rank: int, text: str, scheme: str, reason: str) -> None:
+    found = resolved(text, op_type=op_type, weight_rank=rank)
+    assert scheme_text(found) == scheme
+    assert reason in found.reason
+
+
+def test_gather_needs_rows_of_whole_bytes() -> None:
+    found = resolved("w4a16:b32", op_type="Gather", reduction=95)
+    assert (found.scheme, "multiple of 2" in found.reason) == (None, True)
+
+
+@pytest.mark.parametrize("text", ["w8a16", "w4a16:b128", "w3a16:b32", "w2a16:b64"])
+@pytest.mark.parametrize("reduction", [100, 576, 1024])
+def test_both_readers_of_a_tied_table_get_the_same(text: str, reduction: int) -> None:
+    lookup = resolved(text, op_type="Gather", tied=True, reduction=reduction)
+    product = resolved(text, tied=True, transposed=True, reduction=reduction)
+    assert (lookup.scheme, lookup.rule) == (product.scheme, product.rule)
+    assert (lookup.scheme is None) == (reduction == 100)
+
+
+def test_a_weight_tied_to_another_product_is_no_table() -> None:
+    assert replace(BASE, tied=True).use is WeightUse.PLAIN
+    assert replace(BASE, tied=True, transposed=True).use is WeightUse.SHARED_TABLE
+
+
+def test_dynamic_codes_are_narrower() -> None:
+    assert resolved("w8a8-dynamic").weight_type is INT7
+    assert resolved("w8a16").weight_type is None
+
+
+@pytest.mark.parametrize(
+    ("text", "float_type", "opset"),
+    [
+        ("w8a16", "FLOAT", 13),
+        ("w8a16", "FLOAT16", 19),
+        ("w8a16:b32", "FLOAT", 21),
+        ("w4a16:b32", "FLOAT", 21),
+        ("w2a16:b64", "FLOAT", 25),
+    ],
+)
+def test_needed_opset(text: str, float_type: str, opset: int) -> None:
+    assert resolved(text, float_type=float_type).opset == opset
+    scheme = parse_scheme(text)
+    assert scheme is not None
+    assert ONNXRUNTIME.opset_for(scheme, float_type) == opset
+
+
+def test_the_default_scheme_is_one() -> None:
+    assert parse_scheme(ONNXRUNTIME.default_scheme) is not None
+
+
+REQUESTS = st.builds(
+    SchemeRequest,
+    op_type=st.sampled_from(["MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "Foo"]),
+    domain=st.just(""),
+    scheme=st.sampled_from(
+        ["w8a16", "w8a8-dynamic", "w4a16:b32", "w4a16", "w3a16:b128:sym", "w2a16:b16:asym"]
+    ).map(lambda text: parse_scheme(text) or QScheme(8)),
+    float_type=st.sampled_from(["FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"]),
+    reduction=st.integers(1, 5000),
+    outputs=st.integers(1, 5000),
+    weight_rank=st.integers(1, 5),
+    transposed=st.booleans(),
+    tied=st.booleans(),
+    left=st.booleans(),
+)
+
+
+@given(REQUESTS)
+def test_a_resolution_is_complete_and_legal(request: SchemeRequest) -> None:
+    found = resolve(ONNXRUNTIME, request)
+    assert found.reason
+    assert found.rule
+    if found.scheme is None:
+        assert (found.kernel, found.opset) == ("float", 0)
+        return
+    assert found.scheme.symmetric is not None
+    size = found.scheme.block_size
+    assert size is None or (16 <= size <= request.reduction and size & (size - 1) == 0)
+    assert found.scheme.weight_bits >= request.scheme.weight_bits
+
+
+@given(REQUESTS)
+def test_a_decided_scheme_resolves_to_itself(request: SchemeRequest) -> None:
+    found = resolve(ONNXRUNTIME, request)
+    if found.scheme is not None:
+        again = resolve(ONNXRUNTIME, replace(request, scheme=found.scheme))
+        assert (again.scheme, again.rule) == (found.scheme, found.rule)
