@@ -19,7 +19,7 @@ from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.load import fingerprint, load_model
 from qcompiler.ir.provenance import SCHEME
-from qcompiler.ir.quantizable import find_sites
+from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
@@ -203,12 +203,11 @@ def _hooks(
 def _require_something_done(model: ir.Model) -> None:
     """Stop when a model has no weight that could be quantized, rather than copy it."""
     planned = any(node.metadata_props.get(SCHEME, "float") != "float" for node in all_nodes(model))
-    sites, others = find_sites(model)
-    if planned or sites:
+    if planned or find_sites(model)[0]:
         return
-    already = [other for other in others if "quantized already" in other.reason]
+    already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
     if already:
-        message = f"the model is quantized already: {len(already)} ops read integer weights"
+        message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")
     message = "there is no constant float weight to quantize in this model"
     raise ModelError(message, hint="`qcompile inspect` lists its ops")

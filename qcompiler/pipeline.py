@@ -76,7 +76,7 @@ class CompileOptions:
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
     workers: int | None = None
-    memory_limit: int = 256 << 20
+    memory_limit: int = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

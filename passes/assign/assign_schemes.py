@@ -104,9 +104,9 @@ class AssignSchemes(Pass):
         self, weight: ir.Value, sharing: Sequence[Site], asked: dict[ir.Node, Rule | None]
     ) -> Decision:
         """Decide for all sites that share a weight."""
-        outsider = _reader_that_is_no_site(weight, sharing)
-        if outsider is not None:
-            return Decision(None, "shared-weight", outsider)
+        obstacle = _reader_that_is_no_site(weight, sharing) or _axes_that_differ(sharing)
+        if obstacle is not None:
+            return Decision(None, "shared-weight", obstacle)
         chosen: Decision | None = None
         for site in sharing:
             decision = self._decide_one(site, asked[site.node], tied=len(sharing) > 1)
@@ -206,6 +206,18 @@ def _reader_that_is_no_site(weight: ir.Value, sharing: Sequence[Site]) -> str | 
                     f"its weight {weight.name} is also read by {node_label(use.node)}, "
                     "which is not quantized; both forms would have to be stored"
                 )
+    return None
+
+
+def _axes_that_differ(sharing: Sequence[Site]) -> str | None:
+    """Say which sites would need scales along different axes of one weight; None if none do."""
+    first = sharing[0]
+    for site in sharing[1:]:
+        if site.axes != first.axes:
+            return (
+                f"its weight {site.weight.name} is shared by {node_label(first.node)} and "
+                f"{node_label(site.node)}, which need scales along different axes of it"
+            )
     return None
 
 

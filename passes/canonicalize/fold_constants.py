@@ -14,9 +14,15 @@ from qcompiler.execution.constant_nodes import (
     compute_results,
     infer_results,
 )
-from qcompiler.ir.dataflow import ONNX_DOMAINS, all_nodes, constant_of, int_attribute, is_op
-from qcompiler.ir.editing import (
+from qcompiler.ir.dataflow import (
+    ONNX_DOMAINS,
+    all_nodes,
     bodies_of,
+    constant_of,
+    int_attribute,
+    is_op,
+)
+from qcompiler.ir.editing import (
     drop_unused_initializers,
     is_used,
     node_name,

@@ -28,7 +28,7 @@ from qcompiler.cli.options import MODEL, plan_options
 @click.option(
     "--external-data/--no-external-data",
     default=None,
-    help="Weights in a file of their own.  [default: above 256 MiB]",
+    help="Weights in a file of their own.  [default: above 128 MiB]",
 )
 @click.option(
     "--inspect/--no-inspect",

@@ -92,14 +92,39 @@ def is_plain_product(node: ir.Node) -> bool:
 def is_fused_by_runtime(node: ir.Node, path: WeightPath) -> bool:
     """Whether ONNX Runtime makes a MatMulNBits of a product and its DequantizeLinear.
 
-    It does not when codes or scales are shared, for blocks behind a Transpose, and inside a body
-    whose weights lie outside of it. At 2 bits it fuses into wrong results where the number of
-    output channels is no multiple of 4; that counts as "not".
+    It does not when codes or scales are shared, for blocks behind a Transpose, before a Relu or
+    Clip, and inside a body whose weights lie outside of it. At 2 bits it
+    fuses into wrong results where the number of output channels is no multiple of 4; that counts
+    as "not".
     """
     if not is_plain_product(node) or not path.exclusive or not path.along_reduction:
+        return False
+    if _feeds_clipping(node):
         return False
     if any(value.graph is not node.graph for value in path.matrix.operands):
         return False
     if path.transposed:
         return path.matrix.block_size is None and path.matrix.bits == 8
     return path.matrix.bits != 2 or path.outputs % _TWO_BIT_OUTPUTS == 0
+
+
+def _feeds_clipping(node: ir.Node) -> bool:
+    """Whether a Relu or Clip behind a product keeps ONNX Runtime from looking at its weight.
+
+    Measured with 1.32: it does when it alone reads the result and is no graph output itself,
+    also behind the Add that makes a Gemm of a MatMul on matrices; no other activation does.
+    """
+    result = node.outputs[0]
+    reader = _only_reader(result)
+    data = node.inputs[0]
+    on_matrices = data is None or data.shape is None or len(data.shape) == 2
+    if is_op(node, "MatMul") and on_matrices and is_op(reader, "Add") and reader is not None:
+        reader = _only_reader(reader.outputs[0])
+    if reader is None or not is_op(reader, "Relu", "Clip"):
+        return False
+    return not reader.outputs[0].is_graph_output()
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

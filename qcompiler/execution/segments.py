@@ -28,6 +28,8 @@ _STRUCTURAL_TYPES: Final = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BO
 _STRUCTURAL_BYTES: Final = 1024
 """Small integers are shapes and axes, which decide what is fused; other values do not."""
 
+_BLOCKED_LAYOUT: Final = "com.microsoft.nchwc"
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -246,11 +248,14 @@ def _describe(value: ir.Value) -> tuple[object, ...]:
 
 
 def producers_by_name(graphs: Sequence[ir.Graph]) -> Mapping[str, ir.Node]:
-    """Return which node computes each named value of some graphs."""
-    return {
-        value.name: node
-        for graph in graphs
-        for node in graph
-        for value in node.outputs
-        if value.name
-    }
+    """Return which node computes each named value of some optimized graphs.
+
+    A node in ONNX Runtime's blocked layout computes a value of a new name, and is itself named
+    after the value it stands for.
+    """
+    found: dict[str, ir.Node] = {}
+    for node in (node for graph in graphs for node in graph):
+        if node.domain == _BLOCKED_LAYOUT and node.name:
+            found[node.name.removesuffix("_nchwc")] = node
+        found.update({value.name: node for value in node.outputs if value.name})
+    return found

@@ -131,6 +131,24 @@ FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Weight types that DequantizeLinear can give back (ONNX DequantizeLinear-21)."""
 
 
+INTEGER_OPS = frozenset(
+    {
+        ("", "ConvInteger"),
+        ("", "DequantizeLinear"),
+        ("", "MatMulInteger"),
+        ("", "QLinearConv"),
+        ("", "QLinearMatMul"),
+        (MICROSOFT, "DynamicQuantizeMatMul"),
+        (MICROSOFT, "GatherBlockQuantized"),
+        (MICROSOFT, "MatMulIntegerToFloat"),
+        (MICROSOFT, "MatMulNBits"),
+        (MICROSOFT, "QAttention"),
+        (MICROSOFT, "QGemm"),
+    }
+)
+"""Ops that read integer weights: a model that holds them was quantized before."""
+
+
 def row_of(node: ir.Node) -> QuantizableOp | None:
     """Return the table row of a node's op type, None for ops without weights."""
     domain = "" if node.domain == "ai.onnx" else node.domain
@@ -177,7 +195,7 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the initializer."""
-        return self.tensor.shape.numpy()
+        return tuple(self.tensor.shape.numpy())
 
     @property
     def left(self) -> bool:

@@ -20,7 +20,7 @@ from qcompiler.ir.tensor_sites import TensorSite, tensor_sites
 from qcompiler.ir.weights import disk_errors, read_all
 from qcompiler.progress import Advance, Progress
 
-_INLINE_LIMIT: Final = 1 << 28
+_INLINE_LIMIT: Final = 1 << 27
 """Weights of this many bytes in total go to a file of their own. Protobuf would hold 2 GiB, but
 whoever reads the file must then hold all of them at once, ONNX Runtime included."""
 _SMALL: Final = 1024
@@ -66,7 +66,7 @@ def save_model(
 ) -> SavedModel:
     """Write a model; the output appears complete or not at all.
 
-    Weights stay in the model file while they take less than 256 MiB together, else they go to one
+    Weights stay in the model file while they take less than 128 MiB together, else they go to one
     file `<name>.data` beside it, where what several initializers share is written once (inline
     it cannot be; a pass merges such initializers). Either way weights are streamed. The model is
     the same after the call, but for its IR version: it is raised to what opset, element types

@@ -6,8 +6,12 @@ these very codes the best scale is scale · Σxp / Σpp, which takes the error d
 Σvalue² - scale² (Σxp)² / Σpp. So candidates compare by the last term, their *gain*, and the winner
 is replaced by its least-squares scale. In these units no sum overflows while the scale's type can
 hold the scale, however large the values.
+
+Zero points stay those of the whole range: an exhaustive search over them too gained 0.01 to 0.14 dB
+(2 to 4 bits, blocks of 32 to 128, Gaussian to Student-t and skewed groups), for twice the time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +38,9 @@ _SMALLEST_RATIO = 0.15
 
 _MARGIN = 1 - 2**-9
 """A clip must beat min-max by more than the rounding of scales and of float32 sums can undo."""
+
+
+_Bounds = tuple[int, int] | tuple[F32, F32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +167,6 @@ class GridSearch:
             gains.append(gain)
         summit = _summit(ratios, gains)
         best.offer(*self._fit(strip, _Grid(base.scale * summit, base.zero)))
-        if not self._symmetric:
-            shifted = self._shift(strip, best.grid)
-            best.offer(*self._fit(strip, shifted))
         if self._bits < 4:
             best.offer(*self._fit(strip, best.grid))
         return _Grid(self._stored(best.grid.scale), best.grid.zero)
@@ -183,10 +187,11 @@ class GridSearch:
     def _fit(self, strip: Strip, grid: _Grid) -> tuple[_Grid, F64]:
         """Return the grid of least error for the codes that `grid` gives, and its gain."""
         products, squares = np.zeros(strip.count), np.zeros(strip.count)
-        inverse = 1 / grid.scale
+        inverse = strip.per_group(0, 1 / grid.scale)
+        bounds = self._bounds(strip, grid)
         for tile in strip.tiles():
             np.multiply(tile.values, inverse, out=tile.quotient)
-            self._round(tile, grid.zero)
+            _round(tile, bounds)
             np.multiply(tile.quotient, tile.rounded, out=tile.quotient)
             products += sum_rows(tile.quotient)
             np.multiply(tile.rounded, tile.rounded, out=tile.rounded)
@@ -195,72 +200,76 @@ class GridSearch:
         scale = grid.scale * (products / np.maximum(squares, 1))
         return _Grid(scale.astype(np.float32), grid.zero), scale * products * grid.scale
 
-    def _shift(self, strip: Strip, grid: _Grid) -> _Grid:
-        """Return `grid` with the whole-number zero point nearest to the least-squares offset."""
-        products, squares = np.zeros(strip.count), np.zeros(strip.count)
-        quotients, rounded = np.zeros(strip.count), np.zeros(strip.count)
-        inverse = 1 / grid.scale
-        count = 0
-        for tile in strip.tiles():
-            np.multiply(tile.values, inverse, out=tile.quotient)
-            self._round(tile, grid.zero)
-            rounded += np.add.reduce(tile.rounded, axis=0)
-            np.multiply(tile.quotient, tile.rounded, out=tile.quotient)
-            products += sum_rows(tile.quotient)
-            np.multiply(tile.rounded, tile.rounded, out=tile.rounded)
-            squares += sum_rows(tile.rounded)
-            np.multiply(tile.values, inverse, out=tile.quotient)
-            quotients += sum_rows(tile.quotient)
-            count += tile.values.shape[0]
-        spread = count * squares - rounded * rounded
-        slope = (count * products - quotients * rounded) / np.where(spread > 0, spread, 1)
-        usable = (spread > 0) & (slope > 0)
-        slope = np.where(usable, slope, 1)
-        offset = np.where(usable, (quotients - slope * rounded) / (count * slope), 0)
-        zero = np.clip(grid.zero - np.rint(offset), self._qmin, self._qmax)
-        return _Grid((grid.scale * slope).astype(np.float32), zero.astype(np.float32))
-
     def _measure(self, strip: Strip, grid: _Grid, codes: IntArray | None) -> tuple[F64, F64]:
         """Return the squared error and squared signal of each group, and write any codes."""
-        error, signal = np.zeros(strip.count), np.zeros(strip.count)
-        for tile in strip.tiles():
-            error += self._apply(tile, grid, codes)
-            np.multiply(tile.quotient, tile.quotient, out=tile.quotient)
-            signal += sum_rows(tile.quotient)
-        area = np.square(grid.scale, dtype=np.float64)
-        return error * area, signal * area
+        signal = np.zeros(strip.count)
 
-    def _write(self, strip: Strip, grid: _Grid, codes: IntArray | None) -> F64:
-        """Return the squared error of each group, and write any codes."""
+        def add_signal(tile: Tile) -> None:
+            np.multiply(tile.quotient, tile.quotient, out=tile.quotient)
+            np.add(signal, sum_rows(tile.quotient), out=signal)
+
+        error = self._write(strip, grid, codes, add_signal)
+        return error, signal * np.square(grid.scale, dtype=np.float64)
+
+    def _write(
+        self,
+        strip: Strip,
+        grid: _Grid,
+        codes: IntArray | None,
+        after: Callable[[Tile], None] = lambda tile: None,
+    ) -> F64:
+        """Round as QuantizeLinear does, write any codes, return the squared error of each group.
+
+        Args:
+            strip: The values.
+            grid: Scales and zero points.
+            codes: Section of codes to write to, or None to only measure.
+            after: Called with each tile; its `quotient` is value / scale then.
+        """
         error = np.zeros(strip.count)
+        scale, zero = strip.per_group(0, grid.scale), strip.per_group(3, grid.zero)
+        bounds = self._bounds(strip, grid)
         for tile in strip.tiles():
-            error += self._apply(tile, grid, codes)
+            np.divide(tile.values, scale, out=tile.quotient)
+            _round(tile, bounds)
+            if codes is not None:
+                self._store(tile, zero, codes)
+            np.subtract(tile.quotient, tile.rounded, out=tile.rounded)
+            np.multiply(tile.rounded, tile.rounded, out=tile.rounded)
+            error += sum_rows(tile.rounded)
+            after(tile)
         return error * np.square(grid.scale, dtype=np.float64)
 
-    def _apply(self, tile: Tile, grid: _Grid, codes: IntArray | None) -> F32:
-        """Round as QuantizeLinear does, write any codes, return Σ(x - p)² per group."""
-        np.divide(tile.values, grid.scale, out=tile.quotient)
-        self._round(tile, grid.zero)
-        if codes is not None:
-            offset = not self._symmetric or self.middle != 0
-            if offset:
-                tile.rounded += grid.zero
+    def _store(self, tile: Tile, zero: F32, codes: IntArray) -> None:
+        """Write the codes of a tile, which holds whole steps from zero before and after."""
+        if self._symmetric and self.middle == 0:
             tile.store(codes)
-            if offset:
-                tile.rounded -= grid.zero
-        np.subtract(tile.quotient, tile.rounded, out=tile.rounded)
-        np.multiply(tile.rounded, tile.rounded, out=tile.rounded)
-        return sum_rows(tile.rounded)
-
-    def _round(self, tile: Tile, zero: F32) -> None:
-        """Round and saturate the quotient to whole steps from zero."""
-        rounded = tile.rounded
-        np.rint(tile.quotient, out=rounded)
-        if self._symmetric:
-            np.clip(rounded, self._qmin - self.middle, self._qmax - self.middle, out=rounded)
             return
-        np.maximum(rounded, self._qmin - zero, out=rounded)
-        np.minimum(rounded, self._qmax - zero, out=rounded)
+        np.add(tile.rounded, zero, out=tile.rounded)
+        tile.store(codes)
+        np.subtract(tile.rounded, zero, out=tile.rounded)
+
+    def _bounds(self, strip: Strip, grid: _Grid) -> _Bounds:
+        """Return the smallest and largest step from zero: two numbers, or two per group."""
+        if self._symmetric:
+            return self._qmin - self.middle, self._qmax - self.middle
+        return (
+            strip.per_group(1, self._qmin - grid.zero),
+            strip.per_group(2, self._qmax - grid.zero),
+        )
+
+
+def _round(tile: Tile, bounds: _Bounds) -> None:
+    """Round and saturate the quotient to whole steps from zero."""
+    rounded = tile.rounded
+    np.rint(tile.quotient, out=rounded)
+    low, high = bounds
+    if isinstance(low, int):
+        np.clip(rounded, low, high, out=rounded)
+        return
+    # np.clip has no vectorized loop for bounds that are arrays.
+    np.maximum(rounded, low, out=rounded)
+    np.minimum(rounded, high, out=rounded)
 
 
 def _extremes(strip: Strip) -> tuple[F64, F64]:

@@ -23,6 +23,7 @@ _TILE_ROWS = 256
 """Rows of a tile. Fixed, since the order of sums depends on it."""
 _STRIP = 1 << 20
 """Elements of a strip that is kept as float32 (4 MB) while its groups are searched."""
+_ROW_SLOTS = 4
 _NARROWEST = 16
 """Groups below which NumPy's inner loops are too short: such strips are read again instead."""
 
@@ -42,6 +43,16 @@ class Strip:
         self._tile_rows = tile_rows
         self._buffers = buffers
         self._loaded = False
+
+    def per_group(self, slot: int, values: F32) -> F32:
+        """Copy `[groups]` numbers that are to be broadcast over tiles into scratch `slot`.
+
+        Operands on the small-object heap made NumPy's broadcast loops up to eight times slower in
+        some processes and not in others; those in a large allocation never did.
+        """
+        row = self._buffers.per_group[slot, : self.count]
+        row[...] = values
+        return row
 
     def tiles(self) -> Iterator["Tile"]:
         """Yield the tiles in row order; a tile is valid until the next one is asked for."""
@@ -71,6 +82,7 @@ class _Buffers:
         self.values = np.empty((group_size if self.keeps_strip else rows) * self.groups, np.float32)
         self.quotient = np.empty(rows * self.groups, np.float32)
         self.rounded = np.empty(rows * self.groups, np.float32)
+        self.per_group = np.empty((_ROW_SLOTS, 1 << 16), np.float32)[:, : self.groups]
         self.codes = np.empty(rows * self.groups, np.int8)
 
 

@@ -5,29 +5,11 @@ request to `resolve`, which finds the first row that fits and says why, or why n
 """
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Final
 
 from qcompiler.quant.qtype import QType
-from qcompiler.quant.scheme import Activations, QScheme
-
-OpType = tuple[str, str]
-"""Operator domain ("" is ONNX's own) and name."""
-
-ANY_REDUCTION: Final = 1
-
-
-class WeightUse(StrEnum):
-    """How a weight reaches its op; kernels differ by it."""
-
-    PLAIN = "plain"
-    """As the op's usual weight input: `[K, N]` of a MatMul, `[M, C, kH, kW]` of a Conv."""
-    TRANSPOSED = "transposed"
-    """A matrix stored `[N, K]`, through a Transpose node or Gemm's transB."""
-    SHARED_TABLE = "shared table"
-    """A table `[N, K]` that a Gather looks up and a MatMul or Gemm multiplies by, transposed."""
-    LEFT = "left"
-    """The first input of a matrix product, with the data on the right."""
+from qcompiler.quant.scheme import QScheme
+from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,87 +81,6 @@ class Resolution:
     kernel: str
     opset: int
     weight_type: QType | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing a runtime can run.
-
-    Attributes:
-        rule: Short kebab-case name, which reports show.
-        ops: The op types it is about.
-        weight_bits: The widths it is about.
-        activations: What happens to the data input.
-        uses: How the weight may reach the op.
-        ranks: Legal ranks of the weight.
-        per_channel: Whether one scale per output channel is legal.
-        block_sizes: Legal block sizes, ascending; empty where blocks are not.
-        ragged: Whether the last block may be shorter than the others.
-        symmetric: Legal symmetries, the preferred one first.
-        float_types: ONNX names of the float types computed in.
-        kernel: What the runtime runs.
-        source: Where the row comes from.
-        outputs_multiple: The number of output channels must be a multiple of this.
-        reduction_multiple: The number of input channels must be a multiple of this.
-        weight_type: Integer type of the codes where narrower than the width's own.
-        note: A clause added to the reason: what a user should know about the row.
-    """
-
-    rule: str
-    ops: tuple[OpType, ...]
-    weight_bits: tuple[int, ...]
-    activations: Activations
-    uses: tuple[WeightUse, ...]
-    ranks: tuple[int, ...]
-    per_channel: bool
-    block_sizes: tuple[int, ...]
-    ragged: bool
-    symmetric: tuple[bool, ...]
-    float_types: tuple[str, ...]
-    kernel: str
-    source: str
-    outputs_multiple: int = 1
-    reduction_multiple: int = ANY_REDUCTION
-    weight_type: QType | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One thing a runtime runs badly or not at all.
-
-    Attributes:
-        rule: Short kebab-case name.
-        ops: The op types it is about.
-        weight_bits: The widths it is about.
-        reason: Why the op stays in float, one sentence without a full stop.
-        source: Where the row comes from.
-    """
-
-    rule: str
-    ops: tuple[OpType, ...]
-    weight_bits: tuple[int, ...]
-    reason: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Substitute:
-    """What to try where no row fits the request.
-
-    Attributes:
-        ops: The op types it is about.
-        weight_bits: The requested widths.
-        activations: The requested treatment of the data input.
-        instead_bits: The width to try.
-        instead_activations: The treatment of the data input to try.
-    """
-
-    ops: tuple[OpType, ...]
-    weight_bits: tuple[int, ...]
-    activations: Activations
-    instead_bits: int
-    instead_activations: Activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,11 +234,6 @@ def _misfit(row: Row, request: SchemeRequest) -> str:
         return (
             f"no {request.scheme.weight_bits}-bit kernel for a {request.float_type} {name}; "
             f"there is one for {', '.join(row.float_types)}"
-        )
-    if request.outputs % row.outputs_multiple:
-        return (
-            f"{row.kernel} gives wrong results unless the number of output channels, "
-            f"{request.outputs}, is a multiple of {row.outputs_multiple}"
         )
     if request.reduction % row.reduction_multiple:
         return (

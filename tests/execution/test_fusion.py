@@ -34,6 +34,12 @@ def product(
         (product((64, 32), ROWS, 2, "[p] y = MatMul(x, wd)"), True),
         (product((64, 32), ROWS, 4, "[p] y = Gemm(x, wd)"), True),
         (product((64, 32), ROWS, 4, "[p] y = Gemm<alpha=0.5>(x, wd)"), False),
+        (product((64, 32), ROWS, 4, "[p] h = Gemm(x, wd) r = Relu(h) y = Neg(r)"), False),
+        (product((64, 32), ROWS, 4, "[p] h = Gemm(x, wd) r = Tanh(h) y = Neg(r)"), True),
+        (product((64, 32), ROWS, 4, "[p] h = Gemm(x, wd) y = Relu(h)"), True),
+        (product((64, 32), ROWS, 4, "[p] h = MatMul(x, wd) r = Relu(h) y = Neg(r)"), False),
+        (product((64, 32), ROWS, 4, "[p] h = MatMul(x, wd) r = Clip(h) y = Neg(r)"), False),
+        (product((64, 32), ROWS, 4, "[p] h = MatMul(x, wd) r = Sigmoid(h) y = Neg(r)"), True),
         (product((32, 64), COLUMNS, 4, "[p] y = Gemm<transB=1>(x, wd)"), False),
         (product((64, 64), ROWS, 4, "[p] t = MatMul(x, wd) y = MatMul(t, wd)"), False),
         (

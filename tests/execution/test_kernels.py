@@ -1,3 +1,5 @@
+"""Seeing what ONNX Runtime runs, on models small enough to know it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +133,19 @@ def test_a_model_the_runtime_cannot_load_says_why(memory_limit: int, tmp_path: P
     assert found.kernels == {}
     assert found.failure is not None
     assert "MatMul" in found.failure
+
+
+def test_convolutions_in_the_blocked_layout_are_found(tmp_path: Path) -> None:
+    text = """g (float[1, 16, 8, 8] x) => (float[1, 16, 4, 4] y) {
+        [first] a = Conv(x, w)
+        b = Relu(a)
+        [second] c = Conv(b, v)
+        y = Relu(c)
+    }"""
+    weights = {"w": random_array(16, 16, 3, 3), "v": random_array(16, 16, 3, 3, seed=1)}
+    ir.save(build(text, weights), tmp_path / "m.onnx")
+    found = inspect_kernels(tmp_path / "m.onnx", ["first", "second"], memory_limit=1 << 30)
+    assert [found.kernels[name].name.split(",")[0] for name in ("first", "second")] == [
+        "float Conv",
+        "float Conv",
+    ]

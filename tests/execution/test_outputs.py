@@ -1,3 +1,5 @@
+"""Differences between outputs, by hand."""
+
 from typing import Any
 
 import numpy as np

@@ -1,3 +1,7 @@
+"""Where a graph is cut, and which stretches count as equal."""
+
+from itertools import pairwise
+
 import onnx_ir as ir
 import pytest
 
@@ -38,7 +42,7 @@ def names(segment: Segment) -> list[str]:
 def test_cuts_where_the_limit_is_reached(limit: int, expected: list[list[str]]) -> None:
     segments = list(cut(chain(4).graph, limit * WEIGHT_BYTES))
     assert [names(segment) for segment in segments] == expected
-    for one, other in zip(segments, segments[1:], strict=False):
+    for one, other in pairwise(segments):
         assert one.outputs == other.inputs
 
 

@@ -1,3 +1,5 @@
+"""Loading and running models, and what failures look like."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,4 +1,7 @@
+"""Codes as bytes: the same weight in the kernels' form."""
+
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,13 +14,15 @@ from qcompiler.quant.packing import unpack
 from tests.support.coded import CodedWeight, coded_weight, opset_for
 from tests.support.graphs import build
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 
 def dequantize(weight: CodedWeight, bits: int = 8) -> ir.Node:
     text = f"g () => (float[n, m] y) {{ {weight.dequantize('y', node='dq')} }}"
     return build(text, weight.weights, opset=opset_for(bits)).graph.node("dq")
 
 
-def decoded(codes: ir.Value, scale: ir.Value, points: ir.Value | None, bits: int) -> object:
+def decoded(codes: ir.Value, scale: ir.Value, points: ir.Value | None, bits: int) -> Array:
     """Compute what the kernels compute, in float64, padding included."""
     raw, factors = tensor_of(codes).numpy(), tensor_of(scale).numpy().astype(np.float64)
     rows, blocks = factors.shape
@@ -29,9 +34,10 @@ def decoded(codes: ir.Value, scale: ir.Value, points: ir.Value | None, bits: int
         shape = (rows, packed.shape[1] * 8 // bits)
         offsets = unpack(packed.reshape(-1), bits, shape, False)[:, :blocks].astype(np.float64)
     size = -(-columns // blocks)
-    return (values - np.repeat(offsets, size, 1)[:, :columns]) * np.repeat(factors, size, 1)[
-        :, :columns
-    ]
+    result: Array = (values - np.repeat(offsets, size, 1)[:, :columns]) * np.repeat(
+        factors, size, 1
+    )[:, :columns]
+    return result
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -62,7 +68,7 @@ def test_transposed_bytes_hold_the_transposed_weight(
     matrix = coded_matrix(dequantize(weight, bits))
     assert matrix is not None
     made = transposed_bytes(matrix, 32, WeightStore(tmp_path))
-    found = np.asarray(decoded(made.codes, made.scale, made.zero_point, bits))
+    found = decoded(made.codes, made.scale, made.zero_point, bits)
     np.testing.assert_allclose(found[:, :reduction], weight.values().T, rtol=1e-12)
 
 

@@ -160,7 +160,7 @@ def test_dimensions_of_minus_one_become_unknown(tmp_path: Path) -> None:
     shape = load_model(_write(proto, tmp_path)).graph.inputs[0].shape
     assert shape is not None
     assert not isinstance(shape[0], int)
-    assert shape[1] == 32
+    assert shape[1] == 64
 
 
 def test_reads_hard_links(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_reads_hard_links(tmp_path: Path) -> None:
     (tmp_path / "other.data").hardlink_to(tmp_path / "model.data")
     tensor = load_model(path).graph.initializers["w"].const_value
     assert tensor is not None
-    assert tensor.numpy().shape == (32, 16)
+    assert tensor.numpy().shape == (64, 32)
 
 
 def test_reads_a_cache_of_linked_blobs(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_reads_a_cache_of_linked_blobs(tmp_path: Path) -> None:
     (snapshot / "model.data").symlink_to("../../blobs/222")
     tensor = load_model(snapshot / "model.onnx").graph.initializers["w"].const_value
     assert tensor is not None
-    assert tensor.numpy().shape == (32, 16)
+    assert tensor.numpy().shape == (64, 32)
 
 
 def test_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir("/")
     tensor = model.graph.initializers["w"].const_value
     assert tensor is not None
-    assert read_all(tensor).shape == (32, 16)
+    assert read_all(tensor).shape == (64, 32)
 
 
 def test_thirty_nested_bodies_load(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""What a substituted node takes over and what goes with the old one."""
+
 import onnx_ir as ir
 
 from qcompiler.ir.substitution import needs_microsoft_ops, new_node, remove_unread, substitute

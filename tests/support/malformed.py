@@ -37,16 +37,16 @@ class MalformedCase:
 
 
 def sound_model() -> onnx.ModelProto:
-    """Return the model that the cases are made of: y = Relu(x @ w), w float32 [32, 16]."""
-    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+    """Return the model that the cases are made of: y = Relu(x @ w), w float32 [64, 32]."""
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "w"], ["h"], name="matmul"),
             helper.make_node("Relu", ["h"], ["y"], name="relu"),
         ],
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
         [numpy_helper.from_array(weight, "w")],
     )
     opsets = [helper.make_opsetid("", 17)]
@@ -284,12 +284,12 @@ def _bad_utf8(folder: Path) -> Path:
 
 
 def _zero_size(model: onnx.ModelProto) -> None:
-    _weight(model).CopyFrom(numpy_helper.from_array(np.zeros((32, 0), np.float32), "w"))
+    _weight(model).CopyFrom(numpy_helper.from_array(np.zeros((64, 0), np.float32), "w"))
 
 
 def _quantized(model: onnx.ModelProto) -> None:
     """The int8 model of a dynamic quantizer."""
-    weight = np.ones((32, 16), np.int8)
+    weight = np.ones((64, 32), np.int8)
     _weight(model).CopyFrom(numpy_helper.from_array(weight, "w"))
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"], name="quantize"),
@@ -353,12 +353,12 @@ MALFORMED: tuple[MalformedCase, ...] = (
     MalformedCase(
         "duplicate-initializer", _edited(_duplicate_initializer), _MODEL, "two initializers"
     ),
-    MalformedCase("negative-dims", _set_dims(32, -16), _MODEL, "negative dimension"),
+    MalformedCase("negative-dims", _set_dims(64, -32), _MODEL, "negative dimension"),
     MalformedCase("absurd-dims", _set_dims(1 << 40, 1 << 40), _MODEL, "absurd shape"),
     MalformedCase("absurd-dims-empty", _set_dims(0, 1 << 62, 1 << 62), _MODEL, "absurd shape"),
     MalformedCase("absurd-rank", _set_dims(*[1] * 100), _MODEL, "absurd shape"),
-    MalformedCase("raw-size-mismatch", _set_dims(32, 17), _MODEL, "needs 2176 bytes"),
-    MalformedCase("typed-size-mismatch", _edited(_typed_data), _MODEL, "needs 512 numbers"),
+    MalformedCase("raw-size-mismatch", _set_dims(64, 33), _MODEL, "needs 8448 bytes"),
+    MalformedCase("typed-size-mismatch", _edited(_typed_data), _MODEL, "needs 2048 numbers"),
     MalformedCase("unknown-element-type", _edited(_unknown_type), _MODEL, "element type 99"),
     MalformedCase("external-missing", _external("weights.bin", size=0), _MODEL, "cannot be opened"),
     MalformedCase("external-short", _external("weights.bin", size=100), _MODEL, "which has 100"),
@@ -366,7 +366,7 @@ MALFORMED: tuple[MalformedCase, ...] = (
         "external-offset-beyond-end",
         _external("weights.bin", offset="1000000"),
         _MODEL,
-        "ends at byte 1002048",
+        "ends at byte 1008192",
     ),
     MalformedCase(
         "external-length-mismatch", _external("weights.bin", length="99"), _MODEL, "length says 99"
@@ -398,8 +398,20 @@ MALFORMED: tuple[MalformedCase, ...] = (
         _MODEL,
         "not a regular file",
     ),
-    MalformedCase("nan-weight", _set_weight(float("nan")), _MODEL, "'w'", "compile"),
-    MalformedCase("infinite-weight", _set_weight(float("inf")), _MODEL, "'w'", "compile"),
-    MalformedCase("zero-size-weight", _edited(_zero_size), _MODEL, "'w'", "compile"),
+    MalformedCase(
+        "nan-weight",
+        _set_weight(float("nan")),
+        _MODEL,
+        "its weight w cannot be quantized",
+        "compile",
+    ),
+    MalformedCase(
+        "infinite-weight",
+        _set_weight(float("inf")),
+        _MODEL,
+        "its weight w cannot be quantized",
+        "compile",
+    ),
+    MalformedCase("zero-size-weight", _edited(_zero_size), _MODEL, "no elements", "compile"),
     MalformedCase("already-quantized", _edited(_quantized), _MODEL, "already", "compile"),
 )

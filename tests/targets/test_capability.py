@@ -1,3 +1,5 @@
+"""What a request resolves to, and why."""
+
 from dataclasses import replace
 
 import pytest
@@ -6,8 +8,9 @@ from hypothesis import strategies as st
 
 from qcompiler.quant.qtype import INT7
 from qcompiler.quant.scheme import QScheme, parse_scheme
-from qcompiler.targets.capability import Resolution, SchemeRequest, WeightUse, resolve
+from qcompiler.targets.capability import Resolution, SchemeRequest, resolve
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
+from qcompiler.targets.rows import WeightUse
 
 BASE = SchemeRequest("MatMul", "", QScheme(8), "FLOAT", 1024, 512, 2)
 

@@ -17,8 +17,8 @@ from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
 from qcompiler.quant.scheme import Activations
-from qcompiler.targets.capability import Row, WeightUse
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
+from qcompiler.targets.rows import Row, WeightUse
 from tests.support.coded import CodedWeight, coded_weight, opset_for
 from tests.support.graphs import build, node_named
 from tests.support.parity import random_feeds, run_model

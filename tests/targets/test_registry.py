@@ -1,3 +1,5 @@
+"""Finding a target by name."""
+
 import pytest
 
 from qcompiler.errors import UsageError
@@ -13,5 +15,5 @@ def test_an_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(UsageError, match="no target 'onxruntime'") as caught:
         find_target("onxruntime")
     assert "onnxruntime" in str(caught.value)
-    with pytest.raises(UsageError, match="known: .*onnxruntime"):
+    with pytest.raises(UsageError, match=r"known: .*onnxruntime"):
         find_target("zzz")

@@ -153,6 +153,19 @@ def test_a_weight_that_something_else_reads_stays_float(tmp_path: Path) -> None:
     assert "also read by sum (Add), which is not quantized" in skip.reason
 
 
+def test_a_weight_summed_over_two_axes_stays_float(tmp_path: Path) -> None:
+    model = build(
+        """g (float[N, 64] x, int64[N] i) => (float[N, 64] y, float[N, 64] e) {
+            [lookup] e = Gather(table, i)
+            [product] y = MatMul(x, table)
+        }""",
+        {"table": random_array(64, 64)},
+    )
+    result = _assign(model, _uniform("w8a16"), tmp_path)
+    assert [skip.node for skip in result.skips] == ["lookup", "product"]
+    assert "scales along different axes" in result.skips[0].reason
+
+
 def test_a_small_weight_stays_float(tmp_path: Path) -> None:
     model = build(
         "g (float[N, 4] x) => (float[N, 4] y) { [tiny] y = MatMul(x, w) }",

@@ -1,3 +1,5 @@
+"""Weights without an integer kernel, decoded once."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Quantized Gemms that ONNX Runtime does not fuse."""
+
 from pathlib import Path
 
 import onnx_ir as ir

@@ -1,3 +1,5 @@
+"""Dynamic quantization, against integer arithmetic in NumPy."""
+
 from pathlib import Path
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Lookups in tables of codes."""
+
 from pathlib import Path
 
 import onnx_ir as ir

@@ -1,3 +1,5 @@
+"""Products that ONNX Runtime does not fuse by itself."""
+
 from pathlib import Path
 
 import numpy as np

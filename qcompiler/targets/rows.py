@@ -1,0 +1,102 @@
+"""The lines of a capability table."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qcompiler.quant.qtype import QType
+from qcompiler.quant.scheme import Activations
+
+OpType = tuple[str, str]
+"""Operator domain ("" is ONNX's own) and name."""
+
+
+class WeightUse(StrEnum):
+    """How a weight reaches its op; kernels differ by it."""
+
+    PLAIN = "plain"
+    """As the op's usual weight input: `[K, N]` of a MatMul, `[M, C, kH, kW]` of a Conv."""
+    TRANSPOSED = "transposed"
+    """A matrix stored `[N, K]`, through a Transpose node or Gemm's transB."""
+    SHARED_TABLE = "shared table"
+    """A table `[N, K]` that a Gather looks up and a MatMul or Gemm multiplies by, transposed."""
+    LEFT = "left"
+    """The first input of a matrix product, with the data on the right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing a runtime can run.
+
+    Attributes:
+        rule: Short kebab-case name, which reports show.
+        ops: The op types it is about.
+        weight_bits: The widths it is about.
+        activations: What happens to the data input.
+        uses: How the weight may reach the op.
+        ranks: Legal ranks of the weight.
+        per_channel: Whether one scale per output channel is legal.
+        block_sizes: Legal block sizes, ascending; empty where blocks are not.
+        ragged: Whether the last block may be shorter than the others.
+        symmetric: Legal symmetries, the preferred one first.
+        float_types: ONNX names of the float types computed in.
+        kernel: What the runtime runs.
+        source: Where the row comes from.
+        reduction_multiple: The number of input channels must be a multiple of this.
+        weight_type: Integer type of the codes where narrower than the width's own.
+        note: A clause added to the reason: what a user should know about the row.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    uses: tuple[WeightUse, ...]
+    per_channel: bool
+    block_sizes: tuple[int, ...]
+    ragged: bool
+    symmetric: tuple[bool, ...]
+    float_types: tuple[str, ...]
+    kernel: str
+    source: str
+    activations: Activations = Activations.FLOAT
+    ranks: tuple[int, ...] = (2,)
+    reduction_multiple: int = 1
+    weight_type: QType | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing a runtime runs badly or not at all.
+
+    Attributes:
+        rule: Short kebab-case name.
+        ops: The op types it is about.
+        weight_bits: The widths it is about.
+        reason: Why the op stays in float, one sentence without a full stop.
+        source: Where the row comes from.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """What to try where no row fits the request.
+
+    Attributes:
+        ops: The op types it is about.
+        weight_bits: The requested widths.
+        activations: The requested treatment of the data input.
+        instead_bits: The width to try.
+        instead_activations: The treatment of the data input to try.
+    """
+
+    ops: tuple[OpType, ...]
+    weight_bits: tuple[int, ...]
+    activations: Activations
+    instead_bits: int
+    instead_activations: Activations
