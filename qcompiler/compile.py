@@ -17,7 +17,8 @@ from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.load import fingerprint, load_model
+from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
+from qcompiler.ir.load import load_model
 from qcompiler.ir.provenance import SCHEME
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
@@ -25,7 +26,13 @@ from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.pipeline import CompileOptions, Plan, Verification, make_plan, pipeline
 from qcompiler.progress import Progress, SilentProgress
-from qcompiler.report.build import node_reports, output_checks, pass_reports, summarize
+from qcompiler.report.build import (
+    float_kernel_warnings,
+    node_reports,
+    output_checks,
+    pass_reports,
+    summarize,
+)
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
@@ -101,9 +108,10 @@ def compile_model(
     plan = make_plan(options)
     target_path = _output_path(source, output, options)
     with _workspace(target_path) as workspace:
-        model, source_facts = _load(source, workspace, progress)
-        target_name = target_path.name
-        with WeightStore(workspace) as store:
+        path, name = _source_file(source, workspace, progress)
+        model = load_model(path)
+        size, opset = _size_and_opset(path, model)
+        with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
             numerics = _numerics_hook(model, options)
             hooks = _hooks(options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
@@ -111,12 +119,13 @@ def compile_model(
             _require_something_done(model)
             saved = save_model(
                 model,
-                workspace / "out" / target_name,
+                workspace / "out" / target_path.name,
                 progress=progress,
                 external_data=options.external_data,
             )
+            source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress)
-        nodes = node_reports(model, inspection.kernels if inspection else {})
+        nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
             plan, source_facts, saved, model, nodes, records, numerics, inspection, started
         )
@@ -160,25 +169,21 @@ def _workspace(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _load(
+def _source_file(
     source: Path | str | ir.Model, workspace: Path, progress: Progress
-) -> tuple[ir.Model, FileFacts]:
-    """Load the source; a model in memory goes through a file so that the caller's stays as is."""
+) -> tuple[Path, str]:
+    """Return the source's path and name; a model in memory is written, so that it stays as is."""
     if isinstance(source, ir.Model):
         path = save_model(source, workspace / "source.onnx", progress=progress).path
-        name = source.graph.name or "model"
-    else:
-        path = Path(source)
-        name = path.name
-    model = load_model(path)
-    return model, _facts(path, name, model)
+        return path, source.graph.name or "model"
+    return Path(source), Path(source).name
 
 
-def _facts(path: Path, name: str, model: ir.Model) -> FileFacts:
+def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
     tensors = (site.tensor for site in tensor_sites(model))
     files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     size = path.stat().st_size + sum(file.stat().st_size for file in files)
-    return FileFacts(name, size, fingerprint(path), model.opset_imports.get("", 0))
+    return size, model.opset_imports.get("", 0)
 
 
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
@@ -266,19 +271,9 @@ def _report(
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
-        warnings=_warnings(nodes),
+        warnings=float_kernel_warnings(nodes),
         runtime=inspection.runtime if inspection else None,
     )
-
-
-def _warnings(nodes: Sequence[NodeReport]) -> tuple[str, ...]:
-    lost = [node for node in nodes if node.quantized and node.integer_kernel is False]
-    found = [
-        f"{node.name} is stored in {node.scheme}, and the runtime computes it in float "
-        f"({node.kernel})"
-        for node in lost
-    ]
-    return tuple(found)
 
 
 def _publish(

@@ -169,9 +169,9 @@ def _match(
     nodes = list(dict.fromkeys([site.node for site in sites]))
     candidates = nodes + [other.node for other in others]
     index = SelectionIndex(model, find_blocks(model) if _uses_blocks(recipe) else [])
-    for number, rule in enumerate(recipe.rules, start=1):
+    for rule in recipe.rules:
         if not any(index.selects(rule.selector, node) for node in candidates):
-            raise _unmatched(rule, number, candidates)
+            raise _unmatched(rule, candidates)
     return {
         node: next((rule for rule in recipe.rules if index.selects(rule.selector, node)), None)
         for node in nodes
@@ -182,11 +182,11 @@ def _uses_blocks(recipe: Recipe) -> bool:
     return any(rule.selector.blocks is not None for rule in recipe.rules)
 
 
-def _unmatched(rule: Rule, number: int, candidates: Sequence[ir.Node]) -> UsageError:
+def _unmatched(rule: Rule, candidates: Sequence[ir.Node]) -> UsageError:
     names = [node.name or "" for node in candidates]
     wanted = (rule.selector.name or "").strip("*/")
     close = nearest(wanted, names) if wanted else sorted({node.op_type for node in candidates})
-    message = f"rule {number} ({rule.label}) matches no quantizable op"
+    message = f"{rule.label} matches no quantizable op"
     hint = f"nearest: {', '.join(close)}" if close else "`qcompile inspect` lists the names"
     return UsageError(message, where="recipe", hint=hint)
 

@@ -1,5 +1,6 @@
 """Stores weights as integer codes behind DequantizeLinear nodes."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from qcompiler.quant.scheme import QSpec, parse_scheme
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 8 << 20
 """Bytes of float weight a worker holds at once; larger weights are quantized in slices."""
+COLUMN_SLICE_BYTES = 64 << 20
+"""The same for slices along another axis than the first, which lie scattered in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class InsertQdq(Pass):
     After:  y = MatMul(x, DequantizeLinear(codes, scale))     codes: int4 [K, N], scale [K/B, N]
     Refuses: nothing: what cannot be quantized was given the scheme "float" by assign-schemes.
 
-    Tied sites share one set of codes. Weights stream: at most `workers` slices of 32 MiB are
+    Tied sites share one set of codes. Weights stream: at most `workers` slices of 8 MiB are
     held at a time, and large codes go to the context's store.
 
     Raises (from `run`):
@@ -93,7 +96,10 @@ class InsertQdq(Pass):
             context.progress.task("quantizing weights", total) as advance,
             ThreadPoolExecutor(context.workers, "quantize") as pool,
         ):
-            pending = [pool.submit(self._quantize, sites[0], context.store) for sites in groups]
+            reader = _SliceReader()
+            pending = [
+                pool.submit(self._quantize, sites[0], context.store, reader) for sites in groups
+            ]
             try:
                 for sites, future in zip(groups, pending, strict=True):
                     nbytes = sites[0].tensor.nbytes
@@ -106,10 +112,10 @@ class InsertQdq(Pass):
                 raise
         return PassResult(tuple(rewrites))
 
-    def _quantize(self, site: Site, store: WeightStore) -> QuantizedWeight:
+    def _quantize(self, site: Site, store: WeightStore, reader: "_SliceReader") -> QuantizedWeight:
         spec = _spec(site)
         try:
-            return _quantize_in_slices(site, spec, self.options.weight_range, store)
+            return _quantize_in_slices(site, spec, self.options.weight_range, store, reader)
         except ValueError as error:
             message = f"its weight {site.weight.name} cannot be quantized: {error}"
             raise ModelError(
@@ -117,6 +123,19 @@ class InsertQdq(Pass):
                 where=node_label(site.node),
                 hint="repair the export, or leave the node in float with --exclude",
             ) from error
+
+
+class _SliceReader:
+    """Reads slices of weights, each thread into a buffer of its own."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def read(self, tensor: ir.TensorProtocol, axis: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read as `read_slice` does; the result is good until the thread reads again."""
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = np.empty(2 * SLICE_BYTES, dtype=np.uint8)
+        return read_slice(tensor, axis, start, stop, self._local.buffer)
 
 
 def _planned(sites: Sequence[Site]) -> list[list[Site]]:
@@ -135,20 +154,20 @@ def _spec(site: Site) -> QSpec:
 
 
 def _quantize_in_slices(
-    site: Site, spec: QSpec, method: RangeMethod, store: WeightStore
+    site: Site, spec: QSpec, method: RangeMethod, store: WeightStore, reader: "_SliceReader"
 ) -> QuantizedWeight:
     tensor, name = site.tensor, site.weight.name or "weight"
     axis, slices = _plan_slices(site, spec)
     scale_dtype = np.dtype(tensor.dtype.numpy())
     code_type = ir.DataType[spec.qtype.onnx_name]
     if len(slices) == 1:
-        whole = quantize_tensor(read_slice(tensor, 0, 0, site.shape[0]), spec, method, scale_dtype)
+        whole = quantize_tensor(reader.read(tensor, 0, 0, site.shape[0]), spec, method, scale_dtype)
         codes = store.put(f"{name}.codes", whole.codes, code_type)
         return _weight(name, codes, [whole], axis, code_type, store)
     writer = store.open_tensor(f"{name}.codes", code_type, site.shape)
     parts: list[QuantizedTensor] = []
     for start, stop in slices:
-        part = quantize_tensor(read_slice(tensor, axis, start, stop), spec, method, scale_dtype)
+        part = quantize_tensor(reader.read(tensor, axis, start, stop), spec, method, scale_dtype)
         writer.write_slice(axis, start, part.codes)
         parts.append(_without_codes(part))
     return _weight(name, writer.finish(), parts, axis, code_type, store)
@@ -161,14 +180,14 @@ def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
         The axis to cut along, and (start, stop) pairs along it.
     """
     shape, granularity = site.shape, spec.granularity
-    pieces = -(-site.tensor.nbytes // SLICE_BYTES)
-    if pieces <= 1:
-        return 0, [(0, shape[0])]
     if isinstance(granularity, PerBlock):
         axis, unit = 0, granularity.block_size if granularity.axis == 0 else 1
     elif isinstance(granularity, PerAxis):
         axis, unit = granularity.axis, 1
     else:
+        return 0, [(0, shape[0])]
+    pieces = -(-site.tensor.nbytes // (SLICE_BYTES if axis == 0 else COLUMN_SLICE_BYTES))
+    if pieces == 1:
         return 0, [(0, shape[0])]
     unit = max(unit, 8)  # whole bytes of 2- and 4-bit codes, whichever axis is cut
     units = -(-shape[axis] // unit)

@@ -72,6 +72,6 @@ def command(
     if options.scheme is None and options.recipe is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "
-            "the safest saving without data. Calibration data would let activations go to int8 "
-            "as well, which is faster at large batch."
+            "the safest saving without data. With calibration data, which this version does not "
+            "take yet, activations could go to int8 as well, which is faster at large batch."
         )

@@ -45,4 +45,4 @@ def _facts(model: Path) -> "tuple[tuple[NodeReport, ...], tuple[PassReport, ...]
     if report_path.exists():
         report = read_report(report_path)
         return report.nodes, report.passes
-    return node_reports(load_model(model), {}), ()
+    return node_reports(load_model(model), None), ()

@@ -5,7 +5,6 @@ believes names, sizes and paths. Weights in external files are never read here.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -20,7 +19,6 @@ from qcompiler.ir.proto_checks import check_model
 from qcompiler.ir.tensor_sites import tensor_sites
 
 _MAX_PROTO_BYTES: Final = (1 << 31) - 1
-_CHUNK_BYTES: Final = 1 << 20
 _FIRST_IR_WITH_CONSTANT_INITIALIZERS: Final = 4
 
 _KNOWN_STARTS: Final = (
@@ -53,8 +51,8 @@ def load_model(path: str | Path) -> ir.Model:
         ModelError: It is no ONNX model, or holds something inconsistent.
     """
     path = Path(path)
-    with _faults(path):
-        proto = _read_proto(path)
+    with model_faults(path):
+        proto = read_proto(path)
         check_model(proto, str(path))
         files = ExternalFiles(path)
         for owner, tensor in external_tensors(proto):
@@ -68,35 +66,8 @@ def load_model(path: str | Path) -> ir.Model:
     return model
 
 
-def fingerprint(path: str | Path) -> str:
-    """Return the SHA-256, in hex, of a model: its file and its external data files.
-
-    The external files follow in order of their names as the model gives them; the size of each
-    file precedes its bytes, so that no byte can move from one file to the next unnoticed.
-
-    Raises:
-        UsageError: There is no such file.
-        ModelError: It is no ONNX model, or external data is missing or outside its folder.
-    """
-    path = Path(path)
-    found: dict[str, Path] = {}
-    with _faults(path):
-        files = ExternalFiles(path)
-        for owner, tensor in external_tensors(_read_proto(path)):
-            name, file = files.locate(owner, tensor)
-            found[name] = file
-    digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK_BYTES)
-    for file in (path, *(found[name] for name in sorted(found))):
-        digest.update(f"{file.stat().st_size}\n".encode())
-        with file.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
-def _faults(path: Path) -> Iterator[None]:
+def model_faults(path: Path) -> Iterator[None]:
     """Turn what the libraries raise on a malformed model into a ModelError."""
     try:
         yield
@@ -109,7 +80,7 @@ def _faults(path: Path) -> Iterator[None]:
         raise ModelError(message, where=str(path), hint="run onnx.checker on it") from error
 
 
-def _read_proto(path: Path) -> onnx.ModelProto:
+def read_proto(path: Path) -> onnx.ModelProto:
     """Parse the file; nothing but its size and shape as a protobuf message is checked."""
     where = str(path)
     try:

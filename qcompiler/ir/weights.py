@@ -55,7 +55,13 @@ def read_all(tensor: ir.TensorProtocol) -> Array:
     return ir.PackedTensor(packed, tensor.dtype, shape=shape).numpy()
 
 
-def read_slice(tensor: ir.TensorProtocol, axis: int, start: int, stop: int) -> Array:
+def read_slice(
+    tensor: ir.TensorProtocol,
+    axis: int,
+    start: int,
+    stop: int,
+    buffer: npt.NDArray[np.uint8] | None = None,
+) -> Array:
     """Return `tensor[..., start:stop, ...]` along one axis.
 
     A tensor in memory gives a view; of external data, exactly the bytes needed are read
@@ -66,6 +72,8 @@ def read_slice(tensor: ir.TensorProtocol, axis: int, start: int, stop: int) -> A
         axis: The axis, not negative.
         start: First index, `0 <= start <= stop`.
         stop: One past the last index, at most the axis's size.
+        buffer: Where external data goes if it fits, to be used again for the next slice: fresh
+            memory costs more than the reading does.
 
     Raises:
         InternalError: The slice lies outside the tensor.
@@ -86,6 +94,7 @@ def read_slice(tensor: ir.TensorProtocol, axis: int, start: int, stop: int) -> A
         stride=shape[axis] * inner,
         start=start * inner,
         size=(stop - start) * inner,
+        buffer=buffer,
     )
     return data.view(dtype).reshape(*shape[:axis], stop - start, *shape[axis + 1 :])
 
@@ -106,10 +115,19 @@ def _file_dtype(dtype: ir.DataType) -> np.dtype[Any]:
 
 
 def _read_external(
-    tensor: ir.ExternalTensor, *, outer: int, stride: int, start: int, size: int
+    tensor: ir.ExternalTensor,
+    *,
+    outer: int,
+    stride: int,
+    start: int,
+    size: int,
+    buffer: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Read `size` bytes from byte `start` of each of `outer` rows that lie `stride` apart."""
-    result = np.empty((outer, size), dtype=np.uint8)
+    if buffer is not None and buffer.size >= outer * size:
+        result = buffer[: outer * size].reshape(outer, size)
+    else:
+        result = np.empty((outer, size), dtype=np.uint8)
     if result.size == 0:
         return result.reshape(-1)
     try:

@@ -16,16 +16,19 @@ from qcompiler.quant.packing import IntArray
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-_TILE = 1 << 18
-"""Elements of a tile (1 MB): more leave the cache; with fewer, threads of a caller spend their time
+_TILE = 1 << 19
+"""Elements of a tile (2 MB): more leave the cache; with fewer, threads of a caller spend their time
 handing the interpreter lock to each other between NumPy calls."""
 _TILE_ROWS = 256
 """Rows of a tile. Fixed, since the order of sums depends on it."""
 _STRIP = 1 << 20
 """Elements of a strip that is kept as float32 (4 MB) while its groups are searched."""
-_ROW_SLOTS = 4
 _NARROWEST = 16
 """Groups below which NumPy's inner loops are too short: such strips are read again instead."""
+_TRANSPOSED_GROUPS = 64
+"""Groups transposed at once: their cache lines, one per group, then stay in the L1 cache."""
+_SLOTS = 4
+"""Arrays of numbers per group that can be in use at once."""
 
 
 class Strip:
@@ -43,6 +46,9 @@ class Strip:
         self._tile_rows = tile_rows
         self._buffers = buffers
         self._loaded = False
+        extents = tuple(part.stop - part.start for part in groups)
+        limit = _TRANSPOSED_GROUPS if _is_transposed(section) else self.count
+        self._copies = [(slice(None), slice(None), *part) for part in boxes(extents, limit)]
 
     def per_group(self, slot: int, values: F32) -> F32:
         """Copy `[groups]` numbers that are to be broadcast over tiles into scratch `slot`.
@@ -61,16 +67,16 @@ class Strip:
             box = (*rows, *self.groups)
             shape = tuple(part.stop - part.start for part in box)
             stop = start + shape[0] * shape[1]
-            tile = Tile(self._buffers, (start, stop), self.count, box, shape)
+            tile = Tile(self._buffers, (start, stop), box, shape, self._copies)
             if not self._loaded:
-                tile.values.reshape(shape)[...] = self._section[box]
+                tile.load(self._section)
             yield tile
             start = stop if self._buffers.keeps_strip else 0
         self._loaded = self._buffers.keeps_strip
 
 
 class _Buffers:
-    """Preallocated memory that the strips of one section share: at most about 6.5 MB."""
+    """Preallocated memory that the strips of one section share: at most about 9.5 MB."""
 
     def __init__(self, group_size: int, group_count: int, tile_rows: int) -> None:
         rows = min(group_size, tile_rows)
@@ -82,7 +88,7 @@ class _Buffers:
         self.values = np.empty((group_size if self.keeps_strip else rows) * self.groups, np.float32)
         self.quotient = np.empty(rows * self.groups, np.float32)
         self.rounded = np.empty(rows * self.groups, np.float32)
-        self.per_group = np.empty((_ROW_SLOTS, 1 << 16), np.float32)[:, : self.groups]
+        self.per_group = np.empty((_SLOTS, max(self.groups, 1 << 16)), np.float32)
         self.codes = np.empty(rows * self.groups, np.int8)
 
 
@@ -99,23 +105,34 @@ class Tile:
         self,
         buffers: _Buffers,
         rows: tuple[int, int],
-        groups: int,
         box: Box,
         shape: tuple[int, ...],
+        copies: list[Box],
     ) -> None:
-        count = rows[1] - rows[0]
+        count, groups = rows[1] - rows[0], prod(shape[2:])
         self.values = buffers.values[rows[0] * groups : rows[1] * groups].reshape(count, groups)
         self.quotient = buffers.quotient[: count * groups].reshape(count, groups)
         self.rounded = buffers.rounded[: count * groups].reshape(count, groups)
-        self._codes = buffers.codes[: count * groups]
+        self._codes = buffers.codes
         self._box = box
         self._shape = shape
+        self._copies = copies
+
+    def load(self, section: Array) -> None:
+        """Read `values` from their place."""
+        source, target = section[self._box], self.values.reshape(self._shape)
+        for part in self._copies:
+            target[part] = source[part]
 
     def store(self, section: IntArray) -> None:
         """Write `rounded`, whole numbers in the range of the section's dtype, to its place."""
-        codes = self._codes.view(section.dtype).reshape(self.rounded.shape)
-        np.copyto(codes, self.rounded, casting="unsafe")
-        section[self._box] = codes.reshape(self._shape)
+        source, target = self.rounded.reshape(self._shape), section[self._box]
+        for part in self._copies:
+            steps = source[part]
+            # Narrowed first, since a transposing copy of single bytes is the faster one.
+            codes = self._codes[: steps.size].view(section.dtype).reshape(steps.shape)
+            np.copyto(codes, steps, casting="unsafe")
+            target[part] = codes
 
 
 def strips(section: Array, *, per_tensor: bool) -> Iterator[Strip]:
@@ -143,3 +160,13 @@ def sum_rows(tile: F32) -> F32:
     if tile.shape[1] == 1:
         return np.asarray(np.add.accumulate(tile[:, 0], out=tile[:, 0])[-1:])
     return np.asarray(np.add.reduce(tile, axis=0))
+
+
+def _is_transposed(section: Array) -> bool:
+    """Whether neighbours in memory share a group."""
+    steps = [
+        (abs(stride), axis)
+        for axis, (stride, extent) in enumerate(zip(section.strides, section.shape, strict=True))
+        if extent > 1
+    ]
+    return bool(steps) and min(steps)[1] < 2

@@ -20,26 +20,31 @@ from qcompiler.report.records import (
 )
 from qcompiler.rewriting.manager import PassRecord
 
+_MERGED = "not found: the runtime merged or removed the op"
+_NAMES_SHOWN = 4
 
-def node_reports(model: ir.Model, kernels: Mapping[str, Kernel]) -> tuple[NodeReport, ...]:
+
+def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple[NodeReport, ...]:
     """Read what was decided from the nodes' metadata.
 
     Args:
         model: The compiled model.
-        kernels: What the runtime runs, by node name; empty if nobody looked.
+        kernels: What the runtime runs, by node name; None if nobody looked.
     """
     found: list[NodeReport] = []
     for node in all_nodes(model):
         facts = facts_of(node)
         if "scheme" not in facts:
             continue
-        kernel = kernels.get(node.name or "")
+        scheme = facts["scheme"]
+        kernel = None if kernels is None else kernels.get(node.name or "")
+        missing = _MERGED if kernels is not None and scheme != "float" else None
         before = int(facts.get("weight_bytes_before", 0))
         found.append(
             NodeReport(
                 name=_source_name(node, facts),
                 op_type=facts.get("origin_op", node.op_type),
-                scheme=facts["scheme"],
+                scheme=scheme,
                 rule=facts.get("rule", ""),
                 reason=facts.get("reason", ""),
                 weight=facts.get("weight"),
@@ -47,7 +52,7 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel]) -> tuple[NodeRe
                 bytes_before=before,
                 bytes_after=int(facts.get("weight_bytes_after", before)),
                 sqnr_db=float(facts["weight_sqnr_db"]) if "weight_sqnr_db" in facts else None,
-                kernel=kernel.name if kernel else None,
+                kernel=kernel.name if kernel else missing,
                 integer_kernel=kernel.integer if kernel else None,
             )
         )
@@ -59,6 +64,22 @@ def _source_name(node: ir.Node, facts: Mapping[str, str]) -> str:
     name = node.name or ""
     origin = facts.get("origin", name)
     return name if name in origin.split(" ") else origin
+
+
+def float_kernel_warnings(nodes: Iterable[NodeReport]) -> tuple[str, ...]:
+    """Say which ops are stored as integers and computed in float, one sentence a kernel."""
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for node in nodes:
+        if node.quantized and node.integer_kernel is False:
+            groups.setdefault((node.scheme, node.kernel), []).append(node.name)
+    found: list[str] = []
+    for (scheme, kernel), names in groups.items():
+        shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+        found.append(
+            f"{len(names)} ops stored in {scheme} get no integer kernel, only the smaller file: "
+            f"{kernel} ({shown})"
+        )
+    return tuple(found)
 
 
 def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:

@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.errors import QCompilerError
-from qcompiler.ir.load import fingerprint, load_model
+from qcompiler.ir.fingerprint import fingerprint
+from qcompiler.ir.load import load_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import read_all
 from tests.support.malformed import MALFORMED, MalformedCase, sound_model

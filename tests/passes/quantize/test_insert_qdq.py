@@ -149,6 +149,7 @@ def test_slices_and_threads_change_nothing(
     whole = _planned(text, weights, mm=scheme)
     run_pass(InsertQdq(), whole, tmp_path)
     monkeypatch.setattr(insert_qdq, "SLICE_BYTES", 8192)
+    monkeypatch.setattr(insert_qdq, "COLUMN_SLICE_BYTES", 8192)
     sliced = externalize(_planned(text, weights, mm=scheme), tmp_path)
     run_pass(InsertQdq(), sliced, tmp_path, spill_bytes=1)
     for one, other in zip(
