@@ -49,7 +49,8 @@ class CompileOptions:
         recipe: Path of a TOML recipe, or a `Recipe`; excludes `scheme`.
         target: Name of the target.
         exclude: Node name patterns (glob, or /regex/) that stay in float.
-        weight_range: How weight clipping ranges are chosen; None takes the recipe's, or "mse".
+        weight_range: How weight clipping ranges are chosen; None takes the recipe's, or
+            "weighted-mse".
         user_passes: `module:function` references, run on the canonical model in this order.
         verify: How much is checked after every pass.
         samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
@@ -111,7 +112,7 @@ def make_plan(options: CompileOptions) -> Plan:
     return Plan(
         target,
         recipe,
-        options.weight_range or recipe.weight_range or RangeMethod.MSE,
+        options.weight_range or recipe.weight_range or RangeMethod.WEIGHTED_MSE,
         opset,
         tuple(RunUserPass(reference) for reference in options.user_passes),
     )

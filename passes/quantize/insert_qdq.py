@@ -36,7 +36,7 @@ class InsertQdqOptions:
         weight_range: How the clipping range of each scale group is chosen.
     """
 
-    weight_range: RangeMethod = RangeMethod.MSE
+    weight_range: RangeMethod = RangeMethod.WEIGHTED_MSE
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--weight-range",
-            type=click.Choice(["mse", "min-max"]),
-            help="How weight clipping ranges are chosen.  [default: mse]",
+            type=click.Choice(["weighted-mse", "mse", "min-max"]),
+            help="How weight clipping ranges are chosen.  [default: weighted-mse]",
         ),
         click.option(
             "--user-pass",

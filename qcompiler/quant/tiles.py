@@ -27,7 +27,7 @@ _NARROWEST = 16
 """Groups below which NumPy's inner loops are too short: such strips are read again instead."""
 _TRANSPOSED_GROUPS = 64
 """Groups transposed at once: their cache lines, one per group, then stay in the L1 cache."""
-_SLOTS = 4
+_SLOTS = 5
 """Arrays of numbers per group that can be in use at once."""
 
 
@@ -76,7 +76,7 @@ class Strip:
 
 
 class _Buffers:
-    """Preallocated memory that the strips of one section share: at most about 9.5 MB."""
+    """Preallocated memory that the strips of one section share: at most about 11.5 MB."""
 
     def __init__(self, group_size: int, group_count: int, tile_rows: int) -> None:
         rows = min(group_size, tile_rows)
@@ -88,17 +88,19 @@ class _Buffers:
         self.values = np.empty((group_size if self.keeps_strip else rows) * self.groups, np.float32)
         self.quotient = np.empty(rows * self.groups, np.float32)
         self.rounded = np.empty(rows * self.groups, np.float32)
+        self.importance = np.empty(rows * self.groups, np.float32)
         self.per_group = np.empty((_SLOTS, max(self.groups, 1 << 16)), np.float32)
         self.codes = np.empty(rows * self.groups, np.int8)
 
 
 class Tile:
-    """A `[rows, groups]` block of values with two scratch arrays of its shape.
+    """A `[rows, groups]` block of values with three scratch arrays of its shape.
 
     Attributes:
         values: float32 `[rows, groups]`, contiguous.
         quotient: Scratch, same shape.
         rounded: Scratch, same shape.
+        importance: Scratch, same shape.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Tile:
         self.values = buffers.values[rows[0] * groups : rows[1] * groups].reshape(count, groups)
         self.quotient = buffers.quotient[: count * groups].reshape(count, groups)
         self.rounded = buffers.rounded[: count * groups].reshape(count, groups)
+        self.importance = buffers.importance[: count * groups].reshape(count, groups)
         self._codes = buffers.codes
         self._box = box
         self._shape = shape

@@ -48,7 +48,7 @@ CASES: tuple[tuple[tuple[int, ...], Granularity], ...] = (
 )
 every_case = pytest.mark.parametrize(("shape", "granularity"), CASES, ids=str)
 every_qtype = pytest.mark.parametrize("qtype", SYMMETRIC + ASYMMETRIC, ids=str)
-both_methods = pytest.mark.parametrize("method", RangeMethod, ids=str)
+every_method = pytest.mark.parametrize("method", RangeMethod, ids=str)
 
 
 def _spec(qtype: QType, granularity: Granularity) -> QSpec:
@@ -78,7 +78,7 @@ def _group_errors(values: Array, result: QuantizedTensor, granularity: Granulari
 
 @every_case
 @every_qtype
-@both_methods
+@every_method
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_codes_are_those_of_the_reference_arithmetic(
     shape: tuple[int, ...], granularity: Granularity, qtype: QType, method: RangeMethod, dtype: str
@@ -102,7 +102,7 @@ def test_codes_are_those_of_the_reference_arithmetic(
 
 @every_case
 @every_qtype
-@both_methods
+@every_method
 def test_error_and_signal_are_what_they_say(
     shape: tuple[int, ...], granularity: Granularity, qtype: QType, method: RangeMethod
 ) -> None:
@@ -190,8 +190,66 @@ def test_asymmetric_mse_keeps_up_with_a_grid_over_the_same_zero_point(
     assert result.squared_error < 1.005 * best.sum()
 
 
+def _weighted_errors(values: Array, restored: Array, block: int) -> Array:
+    """Return sum((|v| + rms) (v - restored)²) of the blocks along axis 0, `[blocks, columns]`."""
+    groups = values.astype(np.float64).reshape(-1, block, values.shape[1])
+    error = (groups - restored.astype(np.float64).reshape(groups.shape)) ** 2
+    rms = np.sqrt(np.square(groups).mean(axis=1, keepdims=True))
+    return np.asarray(((np.abs(groups) + rms) * error).sum(axis=1))
+
+
+def _weighted_grid_errors(values: Array, qtype: QType, block: int) -> Array:
+    """Return the least weighted error of 100 clip ratios, each with its least-squares scale."""
+    spec = _spec(qtype, PerBlock(0, block))
+    base = quantize_tensor(values, spec, RangeMethod.MIN_MAX, np.float32)
+    low, high = qtype.qmin, qtype.qmax
+    groups = values.astype(np.float64).reshape(-1, block, values.shape[1])
+    weight = np.abs(groups) + np.sqrt(np.square(groups).mean(axis=1, keepdims=True))
+    zero = 0.0 if base.zero_point is None else base.zero_point[:, None].astype(np.float64)
+    best = np.full(base.scale.shape, np.inf)
+    for ratio in np.linspace(1, 0.3, 100):
+        scale = base.scale[:, None].astype(np.float64) * ratio
+        steps = np.clip(np.rint(groups / scale) + zero, low, high) - zero
+        squares = np.maximum((weight * steps**2).sum(axis=1, keepdims=True), 1e-30)
+        fitted = (weight * steps * groups).sum(axis=1, keepdims=True) / squares
+        fitted = np.where(fitted > 0, fitted, scale)
+        steps = np.clip(np.rint(groups / fitted) + zero, low, high) - zero
+        best = np.minimum(best, (weight * (groups - steps * fitted) ** 2).sum(axis=1))
+    return best
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("qtype", "block"),
+    [(INT4, 128), (UINT4, 32), (INT3, 64), (UINT3, 128), (INT2, 64), (UINT2, 64)],
+)
+def test_weighted_mse_is_never_worse_than_min_max_and_near_a_fine_grid(
+    kind: str, qtype: QType, block: int
+) -> None:
+    values = _draw(kind, (512, 64))
+    spec = _spec(qtype, PerBlock(0, block))
+    errors = {}
+    for method in RangeMethod:
+        made = quantize_tensor(values, spec, method, np.float32)
+        restored = dequantize(made.codes, made.scale, made.zero_point, spec.granularity)
+        errors[method] = _weighted_errors(values, restored, block)
+    weighted = errors[RangeMethod.WEIGHTED_MSE]
+    assert (weighted <= errors[RangeMethod.MIN_MAX] * (1 + 1e-5)).all()
+    assert weighted.sum() < errors[RangeMethod.MSE].sum() * 1.001
+    assert weighted.sum() < _weighted_grid_errors(values, qtype, block).sum() * 1.03
+
+
+def test_weighted_mse_is_mse_at_8_bits() -> None:
+    values = _weights((64, 24))
+    spec = _spec(INT8, PerAxis(1))
+    plain = quantize_tensor(values, spec, RangeMethod.MSE, np.float32)
+    weighted = quantize_tensor(values, spec, RangeMethod.WEIGHTED_MSE, np.float32)
+    np.testing.assert_array_equal(weighted.codes, plain.codes)
+    np.testing.assert_array_equal(weighted.scale, plain.scale)
+
+
 @every_qtype
-@both_methods
+@every_method
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(start=st.integers(0, 22), width=st.integers(1, 23), seed=st.integers(0, 99))
 def test_a_slice_between_groups_is_quantized_like_the_whole(
@@ -224,7 +282,7 @@ def _assert_same(
         np.testing.assert_array_equal(piece.zero_point, whole.zero_point[kept])
 
 
-@both_methods
+@every_method
 def test_tall_groups_are_summed_the_same_in_any_slice(method: RangeMethod) -> None:
     values = _weights((5000, 3))
     spec = _spec(INT4, PerAxis(1))
@@ -236,7 +294,7 @@ def test_tall_groups_are_summed_the_same_in_any_slice(method: RangeMethod) -> No
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
-@both_methods
+@every_method
 def test_half_types_give_what_their_float32_values_give(
     dtype: np.dtype[Any], method: RangeMethod
 ) -> None:
@@ -249,7 +307,7 @@ def test_half_types_give_what_their_float32_values_give(
 
 
 @every_qtype
-@both_methods
+@every_method
 def test_groups_of_zeros_have_scale_one_and_code_zero_point(
     qtype: QType, method: RangeMethod
 ) -> None:
@@ -262,7 +320,7 @@ def test_groups_of_zeros_have_scale_one_and_code_zero_point(
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32)], ids=str)
-@both_methods
+@every_method
 def test_scales_stay_normal_and_finite(dtype: np.dtype[Any], method: RangeMethod) -> None:
     limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     values = np.zeros((32, 3), np.float32)
@@ -313,7 +371,7 @@ def test_symmetric_unsigned_types_have_their_zero_point_in_the_middle() -> None:
     np.testing.assert_array_equal(unsigned.codes.astype(int) - 8, signed.codes)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, 69])
 def test_values_that_are_not_finite_are_refused(method: RangeMethod, bad: float, row: int) -> None:
@@ -332,7 +390,7 @@ def test_other_float_types_are_refused() -> None:
         quantize_tensor(np.ones(3, np.float32), spec, RangeMethod.MSE, np.float64)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(1), PerBlock(0, 16)], ids=str)
 def test_empty_tensors_have_no_error(method: RangeMethod, granularity: Granularity) -> None:
     result = quantize_tensor(np.ones((0, 4), np.float32), _spec(UINT4, granularity), method, "f4")
@@ -355,4 +413,4 @@ def test_memory_is_the_result_and_a_few_megabytes(granularity: Granularity, dtyp
     result = quantize_tensor(values, _spec(INT4, granularity), RangeMethod.MSE, np.float16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < result.codes.nbytes + result.scale.nbytes + 10 * 2**20
+    assert peak < result.codes.nbytes + result.scale.nbytes + 12 * 2**20

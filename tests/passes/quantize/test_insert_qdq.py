@@ -36,7 +36,7 @@ def _reference(
     weight: npt.NDArray[Any], bits: int, symmetric: bool, granularity: Granularity
 ) -> npt.NDArray[Any]:
     spec = QSpec(qtype_of(bits, signed=symmetric), granularity, symmetric)
-    made = quantize_tensor(weight, spec, RangeMethod.MSE, weight.dtype)
+    made = quantize_tensor(weight, spec, RangeMethod.WEIGHTED_MSE, weight.dtype)
     return dequantize(made.codes, made.scale, made.zero_point, granularity)
 
 
@@ -168,14 +168,15 @@ def test_quality_and_size_are_written_on_the_node(tmp_path: Path) -> None:
     assert 15 < float(facts["weight_sqnr_db"]) < 30
 
 
-def test_min_max_is_an_option(tmp_path: Path) -> None:
+def test_the_range_method_is_an_option(tmp_path: Path) -> None:
     weight = random_array(64, 8)
     quality = {}
     for method in RangeMethod:
         model = _planned(_TEXT, {"w": weight}, mm="w2a16:b32:asym")
         run_pass(InsertQdq(InsertQdqOptions(method)), model, tmp_path)
         quality[method] = float(facts_of(node_named(model, "mm"))["weight_sqnr_db"])
-    assert quality[RangeMethod.MSE] > quality[RangeMethod.MIN_MAX] + 0.5
+    assert quality[RangeMethod.MSE] > quality[RangeMethod.WEIGHTED_MSE]
+    assert quality[RangeMethod.WEIGHTED_MSE] > quality[RangeMethod.MIN_MAX] + 0.5
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
