@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.peers import PEERS, Peer, quantize
 from benchmarks.weight_stats import (
@@ -28,7 +28,7 @@ from benchmarks.weight_stats import (
 
 THREADS = 2
 
-Range = Literal["mse", "min-max"]
+Range = Literal["weighted-mse", "mse", "min-max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,18 @@ class Ours:
 
     Attributes:
         scheme: Text form of the scheme.
-        weight_range: How clipping ranges are chosen.
+        weight_range: How clipping ranges are chosen; None is the compiler's default, for 8 bits,
+            where next to nothing is clipped.
         same_nodes: Whether only the nodes are quantized that the peer can quantize.
     """
 
     scheme: str
-    weight_range: Range = "mse"
+    weight_range: Range | None = None
     same_nodes: bool = False
 
     def __str__(self) -> str:
         parts = [self.scheme]
-        if self.weight_range != "mse":
+        if self.weight_range is not None:
             parts.append(self.weight_range)
         if self.same_nodes:
             parts.append("same-nodes")
@@ -59,7 +60,7 @@ Arm = Ours | Peer
 _FOUR_BITS = tuple(
     f"w4a16:b{block}:{symmetry}" for block in (32, 128) for symmetry in ("asym", "sym")
 )
-_RANGES: tuple[Range, ...] = ("mse", "min-max")
+_RANGES: tuple[Range, ...] = get_args(Range)
 _OURS = (
     Ours("w8a16"),
     *(Ours(scheme, rule) for scheme in (*_FOUR_BITS, "w2a16:b64") for rule in _RANGES),
@@ -99,16 +100,12 @@ def _ours(source: Path, output: Path, arm: Ours, exclude: tuple[str, ...]) -> di
     from qcompiler import CompileOptions, RangeMethod, Recipe, Rule, Selector, compile_model
     from qcompiler.quant.scheme import parse_scheme
 
-    options = CompileOptions(
-        scheme=arm.scheme, weight_range=RangeMethod(arm.weight_range), workers=THREADS
-    )
+    method = None if arm.weight_range is None else RangeMethod(arm.weight_range)
+    options = CompileOptions(scheme=arm.scheme, weight_range=method, workers=THREADS)
     if arm.same_nodes:
         rule = Rule(Selector(op_type="MatMul"), parse_scheme(arm.scheme))
         options = CompileOptions(
-            recipe=Recipe(rules=(rule,)),
-            exclude=exclude,
-            weight_range=RangeMethod(arm.weight_range),
-            workers=THREADS,
+            recipe=Recipe(rules=(rule,)), exclude=exclude, weight_range=method, workers=THREADS
         )
     report = compile_model(source, options, output=output).report
     done = [node for node in report.nodes if node.quantized]

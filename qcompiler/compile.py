@@ -16,18 +16,19 @@ from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
-from qcompiler.ir.dataflow import all_nodes
+from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
-from qcompiler.ir.provenance import SCHEME
+from qcompiler.ir.provenance import SCHEME, forget
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.pipeline import CompileOptions, Plan, Verification, make_plan, pipeline
 from qcompiler.progress import Progress, SilentProgress
+from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
-    float_kernel_warnings,
+    kernel_warnings,
     node_reports,
     output_checks,
     pass_reports,
@@ -63,14 +64,13 @@ class CompileResult:
         return load_model(self.path)
 
 
-def default_output(source: Path, options: CompileOptions) -> Path:
+def default_output(source: Path, plan: Plan) -> Path:
     """Return where a compiled model goes when nobody says: beside the source, scheme in the name.
 
-    Raises:
-        UsageError: An option names something that does not exist.
+    A recipe with rules beside a default gives "mixed".
     """
-    plan = make_plan(options)
-    label = "mixed" if options.recipe is not None else str(plan.recipe.default or "float")
+    selected = [rule for rule in plan.recipe.rules if rule.scheme is not None]
+    label = "mixed" if selected else str(plan.recipe.default or FLOAT)
     return source.with_name(f"{source.stem}.{label.replace(':', '-')}.onnx")
 
 
@@ -106,14 +106,15 @@ def compile_model(
     options = options or CompileOptions()
     progress = progress or SilentProgress()
     plan = make_plan(options)
-    target_path = _output_path(source, output, options)
+    target_path = _output_path(source, output, plan)
     with _workspace(target_path) as workspace:
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
+        forget(model)
         size, opset = _size_and_opset(path, model)
         with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
             numerics = _numerics_hook(model, options)
-            hooks = _hooks(options, target_path.parent, numerics)
+            hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
             _require_something_done(model)
@@ -129,24 +130,22 @@ def compile_model(
         report = _report(
             plan, source_facts, saved, model, nodes, records, numerics, inspection, started
         )
-        return _publish(saved, target_path, report, options)
+        return _publish(saved, target_path, report, _settings(plan, options))
 
 
-def _output_path(
-    source: Path | str | ir.Model, output: Path | str | None, options: CompileOptions
-) -> Path:
+def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
     if output is not None:
         path = Path(output)
     elif isinstance(source, ir.Model):
         message = "a model in memory has no folder to write beside"
         raise UsageError(message, hint="pass output=")
     else:
-        path = default_output(Path(source), options)
+        path = default_output(Path(source), plan)
     if not isinstance(source, ir.Model) and path.exists() and path.samefile(Path(source)):
         message = "the output would overwrite the model it is made from"
         raise UsageError(message, where=str(path), hint="choose another -o")
-    if path.is_dir():
-        message = "is a folder"
+    if path.exists() and not path.is_file():
+        message = "is a folder" if path.is_dir() else "is no regular file"
         raise UsageError(message, where=str(path), hint="name a file ending in .onnx")
     return path
 
@@ -183,21 +182,25 @@ def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
     tensors = (site.tensor for site in tensor_sites(model))
     files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     size = path.stat().st_size + sum(file.stat().st_size for file in files)
-    return size, model.opset_imports.get("", 0)
+    return size, standard_opset(model)
 
 
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
     if options.verify is not Verification.NUMERICS:
         return None
-    if options.samples is not None:
-        return VerifyNumerics(load_feeds(options.samples, model))
-    return VerifyNumerics(synthetic_feeds(model, seed=options.seed))
+    feeds = (
+        synthetic_feeds(model, seed=options.seed)
+        if options.samples is None
+        else load_feeds(options.samples, model)
+    )
+    return VerifyNumerics(feeds, options.custom_op_libraries)
 
 
 def _hooks(
-    options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
+    plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
 ) -> Sequence[PassHook]:
-    hooks: list[PassHook] = [KeepReproducer(folder)]
+    arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
+    hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
     if numerics is not None:
@@ -207,13 +210,16 @@ def _hooks(
 
 def _require_something_done(model: ir.Model) -> None:
     """Stop when a model has no weight that could be quantized, rather than copy it."""
-    planned = any(node.metadata_props.get(SCHEME, "float") != "float" for node in all_nodes(model))
+    planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")
+    if any(value.is_initializer() for value in model.graph.inputs):
+        message = "its weights are also inputs of the graph, which a caller may override"
+        raise ModelError(message, hint="export again with keep_initializers_as_inputs=False")
     message = "there is no constant float weight to quantize in this model"
     raise ModelError(message, hint="`qcompile inspect` lists its ops")
 
@@ -227,7 +233,7 @@ def _inspect(
     names = [
         node.name or ""
         for node in all_nodes(model)
-        if node.metadata_props.get(SCHEME, "float") != "float"
+        if node.metadata_props.get(SCHEME, FLOAT) != FLOAT
     ]
     inspection = inspect_kernels(
         saved.path,
@@ -265,26 +271,35 @@ def _report(
             saved.path.name,
             saved.bytes,
             fingerprint(saved.path),
-            model.opset_imports.get("", 0),
+            standard_opset(model),
         ),
         summary=summarize(nodes, seconds=time.perf_counter() - started),
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
-        warnings=float_kernel_warnings(nodes),
+        warnings=kernel_warnings(nodes),
         runtime=inspection.runtime if inspection else None,
     )
 
 
+def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
+    """Return what decides the bytes of the result beside model and recipe."""
+    return {
+        "weight_range": plan.weight_range.value,
+        "user_passes": list(options.user_passes),
+        "external_data": options.external_data,
+    }
+
+
 def _publish(
-    saved: SavedModel, path: Path, report: Report, options: CompileOptions
+    saved: SavedModel, path: Path, report: Report, settings: dict[str, object]
 ) -> CompileResult:
     """Write report and manifest beside the finished model, and rename all of it into place."""
     folder = saved.path.parent
     report_path = path.with_suffix(".report.json")
     manifest_path = path.with_suffix(".manifest.json")
     data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
-    texts = {report_path: report_json(report), manifest_path: manifest_json(report, options)}
+    texts = {report_path: report_json(report), manifest_path: manifest_json(report, settings)}
     try:
         for final, text in texts.items():
             (folder / final.name).write_text(text, encoding="utf-8")

@@ -56,3 +56,8 @@ class InternalError(QCompilerError):
     """A pass broke a rule of its own: a defect in the compiler, not in the input."""
 
     exit_code = 70
+
+
+def printable(text: str) -> str:
+    """Return text with control characters written out: names in a model are untrusted."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,6 +1,6 @@
 """What a compilation is made of: its options, and the passes they lead to, in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,18 +16,22 @@ from qcompiler.passes.canonicalize.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.canonicalize.fold_constants import FoldConstants
 from qcompiler.passes.canonicalize.inline_functions import InlineFunctions
 from qcompiler.passes.canonicalize.lift_constants import LiftConstants
+from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
+from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
+from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
-from qcompiler.quant.scheme import parse_scheme
+from qcompiler.quant.scheme import QScheme, parse_scheme
 from qcompiler.rewriting.base import Pass
+from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
-from qcompiler.targets.capability import BLOCKED_OPSET, Target
+from qcompiler.targets.capability import Target
 from qcompiler.targets.registry import find_target
 
 
@@ -108,7 +112,7 @@ def make_plan(options: CompileOptions) -> Plan:
     target = find_target(options.target)
     recipe = _recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
-    opset = max(BLOCKED_OPSET, *(target.opset_for(s) for s in schemes if s is not None), 0)
+    opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     return Plan(
         target,
         recipe,
@@ -116,6 +120,15 @@ def make_plan(options: CompileOptions) -> Plan:
         opset,
         tuple(RunUserPass(reference) for reference in options.user_passes),
     )
+
+
+def _opset_for(scheme: QScheme | None) -> int:
+    """Return the opset in which a scheme's codes can be written, blocked or not."""
+    blocked = OPSET_OF["block_size"]
+    if scheme is None:
+        return blocked
+    stored = qtype_of(scheme.weight_bits, signed=True).onnx_name
+    return max(blocked, OPSET_OF.get(stored, blocked))
 
 
 def _recipe(options: CompileOptions, target: Target) -> Recipe:
@@ -133,9 +146,11 @@ def _recipe(options: CompileOptions, target: Target) -> Recipe:
 
 PassFactory = Callable[[Plan], Pass]
 
-PASSES: dict[str, PassFactory] = {
+_CANONICALIZING: dict[str, PassFactory] = {
     InlineFunctions.name: lambda plan: InlineFunctions(),
-    ConvertOpset.name: lambda plan: ConvertOpset(ConvertOpsetOptions(plan.opset)),
+    ConvertOpset.name: lambda plan: ConvertOpset(
+        ConvertOpsetOptions(plan.opset, plan.target.opset_max)
+    ),
     LiftConstants.name: lambda plan: LiftConstants(),
     EliminateIdentity.name: lambda plan: EliminateIdentity(),
     FoldConstants.name: lambda plan: FoldConstants(),
@@ -143,33 +158,51 @@ PASSES: dict[str, PassFactory] = {
     Deduplicate.name: lambda plan: Deduplicate(),
     EliminateDead.name: lambda plan: EliminateDead(),
     AssignNames.name: lambda plan: AssignNames(),
+    VerifyCanonical.name: lambda plan: VerifyCanonical(),
+}
+
+_QUANTIZING: dict[str, PassFactory] = {
     AssignSchemes.name: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
     InsertQdq.name: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
+}
+
+_LOWERING: dict[str, PassFactory] = {
     DecomposeGemm.name: lambda plan: DecomposeGemm(),
     LowerMatMulNBits.name: lambda plan: LowerMatMulNBits(),
     LowerEmbeddings.name: lambda plan: LowerEmbeddings(),
     LowerDynamicQuantization.name: lambda plan: LowerDynamicQuantization(),
     DecodeAtLoad.name: lambda plan: DecodeAtLoad(),
 }
+"""Which of them run, and in which order, says the target."""
+
+_VERIFYING: dict[str, PassFactory] = {
+    VerifyTarget.name: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
+}
+
+PASSES: dict[str, PassFactory] = _CANONICALIZING | _QUANTIZING | _LOWERING | _VERIFYING
 """Every pass by name, in the order of the pipeline."""
 
-_USER_PASSES_AFTER = AssignNames.name
+_CLEANING_UP = (
+    LiftConstants.name,
+    FoldConstants.name,
+    Deduplicate.name,
+    EliminateDead.name,
+    AssignNames.name,
+    VerifyCanonical.name,
+)
+"""What brings a model that a user's pass changed back to canonical form."""
 
 
 def pipeline(plan: Plan) -> list[Pass]:
     """Return the passes of a compilation, in order."""
-    passes: list[Pass] = []
-    for name, factory in PASSES.items():
-        passes.append(factory(plan))
-        if name == _USER_PASSES_AFTER and plan.user_passes:
-            # What a user's pass made is brought back to canonical form.
-            passes.extend(plan.user_passes)
-            passes.extend(_clean_up())
-    return passes
+    passes = _made(_CANONICALIZING, plan)
+    if plan.user_passes:
+        passes += [*plan.user_passes, *_made(_CLEANING_UP, plan)]
+    return passes + _made([*_QUANTIZING, *plan.target.lowering, *_VERIFYING], plan)
 
 
-def _clean_up() -> list[Pass]:
-    return [LiftConstants(), FoldConstants(), Deduplicate(), EliminateDead(), AssignNames()]
+def _made(names: Iterable[str], plan: Plan) -> list[Pass]:
+    return [PASSES[name](plan) for name in names]
 
 
 def pass_named(name: str, plan: Plan) -> Pass:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompiler.errors import ModelError, UsageError
 from qcompiler.ir.blocks import find_blocks
 from qcompiler.ir.dataflow import is_op, node_label
-from qcompiler.ir.provenance import BYTES_BEFORE, ELEMENTS, WEIGHT, annotate
+from qcompiler.ir.provenance import BYTES_BEFORE, ELEMENTS, WEIGHT, annotate, origins_of
 from qcompiler.ir.quantizable import NotASite, Site, find_sites
 from qcompiler.ir.selection import SelectionIndex
 from qcompiler.quant.recipe import Recipe, Rule
@@ -69,6 +69,8 @@ class AssignSchemes(Pass):
     produces: ClassVar[Stage] = Stage.ASSIGNED
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
+    options: AssignOptions
+
     def __init__(self, options: AssignOptions) -> None:
         self.options = options
 
@@ -86,8 +88,10 @@ class AssignSchemes(Pass):
             decision = self._decide(weight, sharing, asked)
             for site in sharing:
                 decisions[site.node] = _stricter(decisions.get(site.node), decision)
+        described: set[ir.Node] = set()
         for site in sites:
-            _write_weight_facts(site, first=site.weight_input == site.row.weights[0].index)
+            _write_weight_facts(site, first=site.node not in described)
+            described.add(site.node)
         for node, decision in decisions.items():
             scheme = FLOAT if decision.scheme is None else str(decision.scheme)
             annotate(node, scheme=scheme, rule=decision.rule, reason=decision.reason)
@@ -183,7 +187,7 @@ def _uses_blocks(recipe: Recipe) -> bool:
 
 
 def _unmatched(rule: Rule, candidates: Sequence[ir.Node]) -> UsageError:
-    names = [node.name or "" for node in candidates]
+    names = [name for node in candidates for name in origins_of(node)]
     wanted = (rule.selector.name or "").strip("*/")
     close = nearest(wanted, names) if wanted else sorted({node.op_type for node in candidates})
     message = f"{rule.label} matches no quantizable op"

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.editing import fresh_name, make_value_names_unique, node_name, record_origin
+from qcompiler.ir.dataflow import all_nodes, node_name
+from qcompiler.ir.editing import fresh_name, make_value_names_unique, record_origin
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -21,7 +21,7 @@ class AssignNames(Pass):
 
     name: ClassVar = "assign-names"
     consumes: ClassVar = Stage.IMPORTED
-    produces: ClassVar = Stage.CANONICAL
+    produces: ClassVar = Stage.IMPORTED
     numerics: ClassVar = Numerics.EXACT
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:

@@ -8,8 +8,15 @@ from typing import ClassVar, Final
 
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import ONNX_DOMAINS, all_graphs, bodies_of, is_op
-from qcompiler.ir.editing import node_name, record_origin, remove_node
+from qcompiler.ir.dataflow import (
+    ONNX_DOMAINS,
+    RANDOM_OPS,
+    all_graphs,
+    bodies_of,
+    is_op,
+    node_name,
+)
+from qcompiler.ir.editing import record_origin, remove_node
 from qcompiler.ir.weights import nbytes_of, read_all, read_slice
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
@@ -18,10 +25,6 @@ _SHARE_ACROSS_BODIES_BYTES: Final = 1024
 """Smaller constants of a body stay in it: shapes and axes must be local for some runtimes."""
 _SAMPLE_BYTES: Final = 4096
 _CHUNK_BYTES: Final = 4 << 20
-_RANDOM: Final = (
-    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
-    *("Multinomial", "Bernoulli", "Dropout"),
-)
 _PER_EDGE: Final = ("QuantizeLinear", "DequantizeLinear", "Constant")
 
 
@@ -183,7 +186,7 @@ def _share_nodes(graph: ir.Graph, skips: list[Skip]) -> Iterator[Rewrite]:
 
 def _computation(node: ir.Node) -> Hashable | None:
     """Return what decides a node's results, None for nodes that are not to be merged."""
-    if node.domain not in ONNX_DOMAINS or is_op(node, *_RANDOM, *_PER_EDGE):
+    if node.domain not in ONNX_DOMAINS or is_op(node, *RANDOM_OPS, *_PER_EDGE):
         return None
     attributes = [_attribute_key(attribute) for attribute in node.attributes.values()]
     if None in attributes:

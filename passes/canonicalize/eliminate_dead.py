@@ -5,8 +5,8 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from qcompiler.ir.dataflow import ONNX_DOMAINS, all_graphs, all_nodes, bodies_of
-from qcompiler.ir.editing import is_used, node_name, remove_node
+from qcompiler.ir.dataflow import ONNX_DOMAINS, all_graphs, all_nodes, bodies_of, node_name
+from qcompiler.ir.editing import is_used, remove_node
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 

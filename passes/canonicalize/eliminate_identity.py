@@ -7,8 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, ints_attribute, is_op
-from qcompiler.ir.editing import bypass, drop_unused_initializers, is_used, node_name
+from qcompiler.ir.dataflow import (
+    all_nodes,
+    constant_of,
+    int_attribute,
+    ints_attribute,
+    is_op,
+    node_name,
+)
+from qcompiler.ir.editing import bypass, drop_unused_initializers, is_used
 from qcompiler.ir.weights import read_all
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
@@ -72,7 +79,7 @@ def _dropout(node: ir.Node) -> Verdict:
     if mode is None:
         return True
     tensor = constant_of(mode)
-    return tensor is not None and not bool(tensor.numpy().any())
+    return tensor is not None and not bool(read_all(tensor).any())
 
 
 def _cast(node: ir.Node) -> Verdict:
@@ -216,7 +223,7 @@ def _ints(node: ir.Node, index: int) -> tuple[int, ...] | None:
     tensor = constant_of(node.inputs[index]) if _has_input(node, index) else None
     if tensor is None:
         return None
-    values: npt.NDArray[Any] = tensor.numpy().reshape(-1)
+    values: npt.NDArray[Any] = read_all(tensor).reshape(-1)
     return tuple(int(value) for value in values)
 
 

@@ -7,14 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, is_op
-from qcompiler.ir.editing import (
-    bypass,
-    drop_unused_initializers,
-    node_name,
-    record_origin,
-    value_names,
-)
+from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, is_op, node_name
+from qcompiler.ir.editing import bypass, drop_unused_initializers, record_origin, value_names
 from qcompiler.ir.linear_ops import (
     LINEAR_OPS,
     LinearOp,
@@ -46,6 +40,9 @@ class FoldBatchNorm(Pass):
     Before: y = BatchNormalization(Conv(x, w), scale, bias, mean, var)
     After:  y = Conv(x, w', b'), where w' = w * scale / sqrt(var + epsilon) per output channel.
         Norms in front of Conv, Gemm and MatMul likewise, also through MaxPool and Flatten.
+        The factors of a norm between two such ops, behind a Relu, go into the first where they
+        are positive, and only its shift into the second: multiplied into input channels they
+        would spread what shares a quantization scale over orders of magnitude.
     Refuses: training mode; statistics that are computed; a value in between that is read
         elsewhere or is a graph output; weights that others share; a norm in front of a padded
         Conv, whose border would see the shift; one whose channels are not those of the weight; a
@@ -118,13 +115,15 @@ def _fold(node: ir.Node, model: ir.Model, context: PassContext) -> str:
         op = LinearOp.of(reader)
         affine = _carried(_norm_of(node), way, op, data)
         bias = op.read_bias() + _shift_through(op, affine.shift)
-        weight = op.scaled_weight(op.input_factors(affine.scale))
-    name = f"{node_name(op.node)}_bias"
-    bias = cast_finite(bias, weight.dtype)
-    added = op.write(weight, bias, context.store, name, value_names(model))
-    if added is not None:
-        annotate(added, created_by=FoldBatchNorm.name)
-    record_origin(op.node, node_name(node))
+        writer = _writer_before(data, node, _norm_of(node).scale)
+        if writer is None:
+            weight = op.scaled_weight(op.input_factors(affine.scale))
+        else:
+            weight = op.scaled_weight(op.input_factors(np.ones_like(affine.scale)))
+            scale = _norm_of(node).scale
+            scaled = writer.scaled_weight(writer.output_factors(scale))
+            _write(writer, scaled, writer.read_bias() * scale, node, model, context)
+    _write(op, weight, bias, node, model, context)
     operands = [value for value in node.inputs if value is not data]
     if node.inputs[0] is not data and node.inputs[1] is data:
         node.replace_input_with(0, data)
@@ -132,6 +131,47 @@ def _fold(node: ir.Node, model: ir.Model, context: PassContext) -> str:
     assert refusal is None, refusal
     drop_unused_initializers(operands)
     return node_name(op.node)
+
+
+def _write(
+    op: LinearOp, weight: Array, bias: Array, norm: ir.Node, model: ir.Model, context: PassContext
+) -> None:
+    """Give an op its new weight and bias, and note that it stands for the norm as well."""
+    name = f"{node_name(op.node)}_bias"
+    bias = cast_finite(bias, weight.dtype)
+    added = op.write(weight, bias, context.store, name, value_names(model))
+    if added is not None:
+        annotate(added, created_by=FoldBatchNorm.name)
+    record_origin(op.node, node_name(norm))
+
+
+def _writer_before(data: ir.Value, norm: ir.Node, scale: Array) -> LinearOp | None:
+    """Return the linear op whose output channels can take a norm's factors, None without one.
+
+    Between them may be nodes that a positive factor changes places with, read by nobody else.
+    """
+    if not np.all(scale > 0):
+        return None
+    value = data
+    while True:
+        producer = value.producer()
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        if producer is None or not alone or producer.graph is not norm.graph:
+            return None
+        if not is_op(producer, "Relu", "LeakyRelu", "MaxPool") or len(producer.outputs) != 1:
+            break
+        source = producer.inputs[0]
+        assert source is not None
+        value = source
+    linear = _linear_producer(value)
+    if linear is None:
+        return None
+    try:
+        op = LinearOp.of(linear)
+        _check_between(op, value, norm)
+    except NotFoldableError:
+        return None
+    return op if op.channels_out == scale.size else None
 
 
 def _linear_producer(data: ir.Value) -> ir.Node | None:

@@ -16,19 +16,21 @@ from qcompiler.execution.constant_nodes import (
 )
 from qcompiler.ir.dataflow import (
     ONNX_DOMAINS,
+    RANDOM_OPS,
     all_nodes,
     bodies_of,
     constant_of,
     int_attribute,
     is_op,
+    node_name,
 )
 from qcompiler.ir.editing import (
     drop_unused_initializers,
     is_used,
-    node_name,
     replace_by_constants,
 )
 from qcompiler.ir.shapes import infer_shapes
+from qcompiler.ir.weights import read_all
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
@@ -36,10 +38,6 @@ Array = npt.NDArray[Any]
 
 _MAX_BYTES: Final = (1 << 31) - 1
 _MAX_ROUNDS: Final = 16
-_RANDOM: Final = (
-    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
-    *("Multinomial", "Bernoulli", "Dropout"),
-)
 _BOUNDED: Final = ("NonZero", "Compress", "Unique")
 """Ops whose result has a size that depends on values, yet is bounded by that of their input."""
 _HALF_TYPES: Final = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -76,8 +74,10 @@ class FoldConstants(Pass):
     # another machine may sum in another order.
     tolerance: ClassVar = 1e-6
 
+    options: FoldConstantsOptions
+
     def __init__(self, options: FoldConstantsOptions | None = None) -> None:
-        self._options = options or FoldConstantsOptions()
+        self.options = options or FoldConstantsOptions()
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Fold until nothing is left to fold."""
@@ -139,7 +139,7 @@ class FoldConstants(Pass):
         if is_op(node, "DequantizeLinear"):
             message = "quantized weights stay integers"
             raise CannotComputeError(message)
-        if is_op(node, *_RANDOM):
+        if is_op(node, *RANDOM_OPS):
             message = "its result is random, and differs from run to run"
             raise CannotComputeError(message)
         sizes = [tensor.nbytes for tensor in inputs if tensor is not None]
@@ -160,7 +160,7 @@ class FoldConstants(Pass):
         values = list(dict.fromkeys(value for value in node.inputs if value is not None))
         shared = [value for value in values if _other_reader(value, node) is not None]
         freed = sum(_nbytes(value) for value in values if value not in shared)
-        limit = self._options.growth_bytes
+        limit = self.options.growth_bytes
         if total - freed <= limit or (not shared and _widens_half(node)):
             return
         every = sum(_nbytes(value) for value in values)
@@ -210,7 +210,7 @@ def _known_dims(node: ir.Node) -> Array | None:
 def _gathered(dims: Array, picked: ir.TensorProtocol | None) -> Array | None:
     if picked is None:
         return None
-    indices = picked.numpy()
+    indices = read_all(picked)
     if np.any(indices < -len(dims)) or np.any(indices >= len(dims)):
         return None
     return _all_known(np.asarray(dims[indices], object))
@@ -221,7 +221,7 @@ def _sliced(dims: Array, node: ir.Node) -> Array | None:
     bounds = [constant_of(value) for value in node.inputs[1:]]
     if len(bounds) < 2 or any(bound is None or bound.size != 1 for bound in bounds):
         return None
-    numbers = [int(bound.numpy().reshape(-1)[0]) for bound in bounds if bound is not None]
+    numbers = [int(read_all(bound).reshape(-1)[0]) for bound in bounds if bound is not None]
     step = numbers[3] if len(numbers) > 3 else 1
     return _all_known(dims[numbers[0] : numbers[1] : step]) if step > 0 else None
 

@@ -7,8 +7,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from qcompiler.errors import ModelError
-from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.editing import fresh_name, make_value_names_unique, node_name
+from qcompiler.ir.dataflow import all_nodes, node_name
+from qcompiler.ir.editing import fresh_name, make_value_names_unique
+from qcompiler.ir.load import first_cause
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -47,7 +48,7 @@ class InlineFunctions(Pass):
         try:
             InlinePass()(model)
         except (ValueError, RuntimeError, ir.passes.InvariantError) as error:
-            message = f"its functions cannot be inlined: {_root_cause(error)}"
+            message = f"its functions cannot be inlined: {first_cause(error)}"
             hint = "export the model again without functions (inlined)"
             raise ModelError(message, where=model.graph.name, hint=hint) from error
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
@@ -132,9 +133,3 @@ def _name_inlined(model: ir.Model) -> None:
         call = node.metadata_props.pop(_CALL, None)
         if call is not None:
             node.name = fresh_name(f"{call}/{inner or node.op_type}", taken)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

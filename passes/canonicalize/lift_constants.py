@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError
-from qcompiler.ir.dataflow import all_nodes, is_op
-from qcompiler.ir.editing import node_name, replace_by_constants
+from qcompiler.ir.dataflow import all_nodes, is_op, node_name
+from qcompiler.ir.editing import replace_by_constants
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 

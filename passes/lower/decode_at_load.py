@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.execution.fusion import is_fused_by_runtime, weight_path
-from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, is_op
-from qcompiler.ir.editing import constant_value, node_name
+from qcompiler.execution.ort_fusion import is_fused_by_runtime, weight_path
+from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, is_op, node_name
+from qcompiler.ir.editing import constant_value
 from qcompiler.ir.substitution import new_node, substitute
 from qcompiler.ir.weights import read_all
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
@@ -35,9 +35,9 @@ class DecodeAtLoad(Pass):
 
     name: ClassVar[str] = "decode-at-load"
     consumes: ClassVar[Stage] = Stage.QDQ
-    produces: ClassVar[Stage] = Stage.LOWERED
+    produces: ClassVar[Stage] = Stage.QDQ
     numerics: ClassVar[Numerics] = Numerics.REORDERED
-    tolerance: ClassVar[float | None] = 2e-3
+    tolerance: ClassVar[float | None] = 1e-6
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Rewrite every DequantizeLinear of a constant that feeds no integer kernel."""
@@ -47,7 +47,7 @@ class DecodeAtLoad(Pass):
             if not is_op(node, "DequantizeLinear") or constant_of(node.inputs[0]) is None:
                 continue
             readers = _readers(node.outputs[0])
-            if not readers or not all(_needs_decoding(reader) for reader in readers):
+            if not readers or not all(_needs_decoding(reader, model.graph) for reader in readers):
                 continue
             reason = _refusal(node)
             if reason:
@@ -67,7 +67,7 @@ class DecodeAtLoad(Pass):
         dtype = scale.dtype or ir.DataType.FLOAT
         nodes = [self._cast(codes, dtype, f"{name}.codes")]
         if zero_point is not None:
-            point = self._cast(_reshaped(node, zero_point, shape), dtype, f"{name}.points")
+            point = self._cast(_reshaped(zero_point, shape), dtype, f"{name}.points")
             centred = new_node(
                 self.name,
                 "Sub",
@@ -80,7 +80,7 @@ class DecodeAtLoad(Pass):
             new_node(
                 self.name,
                 "Mul",
-                [nodes[-1].outputs[0], _reshaped(node, scale, shape)],
+                [nodes[-1].outputs[0], _reshaped(scale, shape)],
                 name,
                 dtype=dtype,
             )
@@ -104,13 +104,13 @@ def _readers(value: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _needs_decoding(node: ir.Node) -> bool:
+def _needs_decoding(node: ir.Node, main: ir.Graph) -> bool:
     if node.op_type == "FusedMatMul":
         return True
     if not is_op(node, *_DECODED_OPS):
         return False
     path = weight_path(node)
-    return path is None or not is_fused_by_runtime(node, path)
+    return path is None or not is_fused_by_runtime(node, path, main)
 
 
 def _broadcast_shape(node: ir.Node) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def _broadcast_shape(node: ir.Node) -> tuple[int, ...]:
     return tuple(size if index == axis else 1 for index, size in enumerate(codes.shape.numpy()))
 
 
-def _reshaped(node: ir.Node, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+def _reshaped(value: ir.Value, shape: Sequence[int]) -> ir.Value:
     """Return a scale or zero point as an initializer of a shape that broadcasts, made once."""
     graph, tensor = value.graph, constant_of(value)
     assert isinstance(graph, ir.Graph)

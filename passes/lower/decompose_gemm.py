@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.execution.fusion import is_plain_product, weight_path
-from qcompiler.ir.dataflow import all_nodes, int_attribute, is_op
-from qcompiler.ir.editing import constant_value, node_name
-from qcompiler.ir.provenance import CREATED_BY, SCHEME
+from qcompiler.execution.ort_fusion import is_plain_product, weight_path
+from qcompiler.ir.dataflow import all_nodes, int_attribute, is_op, node_name
+from qcompiler.ir.editing import constant_value
+from qcompiler.ir.provenance import CREATED_BY, scheme_of
 from qcompiler.ir.substitution import new_node, substitute
-from qcompiler.quant.scheme import Activations, parse_scheme
+from qcompiler.quant.scheme import Activations
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -19,8 +19,8 @@ from qcompiler.rewriting.stages import Stage
 class DecomposeGemm(Pass):
     """Turn a quantized Gemm that ONNX Runtime does not fuse into MatMul and its neighbours.
 
-    Only a Gemm with alpha = beta = 1, no transposition and a vector as bias is fused with its
-    DequantizeLinear; dynamic quantization knows MatMul alone.
+    Only a Gemm with alpha = beta = 1, no transposition and a bias of one element per output is
+    fused with its DequantizeLinear; dynamic quantization knows MatMul alone.
 
     Before: y = Gemm(x, DequantizeLinear(codes), c, alpha, beta, transB=1)
     After:  y = alpha * MatMul(x, Transpose(DequantizeLinear(codes))) + beta * c
@@ -96,7 +96,7 @@ def _move_facts(parts: Sequence[ir.Node]) -> None:
 
 
 def _is_dynamic(node: ir.Node) -> bool:
-    scheme = parse_scheme(node.metadata_props.get(SCHEME, "float"))
+    scheme = scheme_of(node)
     return scheme is not None and scheme.activations is Activations.DYNAMIC
 
 

@@ -1,20 +1,29 @@
 """Writes the integer product of w8a8-dynamic: activations quantized when the model runs."""
 
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.execution.fusion import WeightPath, weight_path
-from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.editing import node_name
-from qcompiler.ir.provenance import SCHEME
+from qcompiler.execution.ort_fusion import WeightPath, weight_path
+from qcompiler.ir.dataflow import all_nodes, node_name
+from qcompiler.ir.editing import fresh_name, value_names
+from qcompiler.ir.provenance import scheme_of
 from qcompiler.ir.substitution import new_node, substitute
-from qcompiler.quant.scheme import Activations, parse_scheme
+from qcompiler.quant.scheme import Activations
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
 RULE = "lower-dynamic-quantization"
 _QUANTIZED_TYPES = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantized:
+    """The DynamicQuantizeLinear made so far, by value and graph, and the names that are taken."""
+
+    taken: set[str]
+    nodes: dict[tuple[ir.Value, ir.Graph], ir.Node] = field(default_factory=dict)
 
 
 class LowerDynamicQuantization(Pass):
@@ -29,7 +38,7 @@ class LowerDynamicQuantization(Pass):
     Refuses: weights other than 8-bit matrices with one scale per output channel; float types
         other than float32; a Gemm, which decompose-gemm splits first.
 
-    One DynamicQuantizeLinear serves all products that read the same value.
+    One DynamicQuantizeLinear serves all products of a graph or body that read the same value.
     """
 
     name: ClassVar[str] = "lower-dynamic-quantization"
@@ -41,9 +50,10 @@ class LowerDynamicQuantization(Pass):
         """Rewrite every product whose scheme has dynamic activations."""
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        quantized: dict[tuple[ir.Value, ir.Graph], ir.Node] = {}
+        names = value_names(model) | {node.name for node in all_nodes(model) if node.name}
+        quantized = _Quantized(names)
         for node in list(all_nodes(model)):
-            scheme = parse_scheme(node.metadata_props.get(SCHEME, "float"))
+            scheme = scheme_of(node)
             if scheme is None or scheme.activations is not Activations.DYNAMIC:
                 continue
             path = weight_path(node)
@@ -57,20 +67,15 @@ class LowerDynamicQuantization(Pass):
             rewrites.append(Rewrite(RULE, node_name(node), "integer product"))
         return PassResult(tuple(rewrites), tuple(skips))
 
-    def _lower(
-        self,
-        node: ir.Node,
-        path: WeightPath,
-        quantized: dict[tuple[ir.Value, ir.Graph], ir.Node],
-    ) -> None:
+    def _lower(self, node: ir.Node, path: WeightPath, quantized: _Quantized) -> None:
         data, graph, name = node.inputs[0], node.graph, node_name(node)
         assert data is not None
         assert isinstance(graph, ir.Graph)
         nodes: list[ir.Node] = []
-        quantize = quantized.get((data, graph))
+        quantize = quantized.nodes.get((data, graph))
         if quantize is None:
-            quantize = self._quantize(data)
-            quantized[data, graph] = quantize
+            quantize = self._quantize(data, fresh_name(f"{data.name}.quantized", quantized.taken))
+            quantized.nodes[data, graph] = quantize
             nodes.append(quantize)
         codes: ir.Value = path.matrix.codes
         if path.transposed:
@@ -101,10 +106,8 @@ class LowerDynamicQuantization(Pass):
         result = self._node("Mul", [cast.outputs[0], scales.outputs[0]], name, scale.dtype)
         substitute(node, [*nodes, product, cast, scales, result])
 
-    def _quantize(self, data: ir.Value) -> ir.Node:
-        node = new_node(
-            self.name, "DynamicQuantizeLinear", [data], f"{data.name}.quantized", outputs=3
-        )
+    def _quantize(self, data: ir.Value, name: str) -> ir.Node:
+        node = new_node(self.name, "DynamicQuantizeLinear", [data], name, outputs=3)
         for output, dtype in zip(node.outputs, _QUANTIZED_TYPES, strict=True):
             output.type = ir.TensorType(dtype)
         return node

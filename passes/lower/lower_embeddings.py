@@ -5,9 +5,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix, shared_bytes
-from qcompiler.ir.dataflow import all_nodes, int_attribute, is_op
-from qcompiler.ir.editing import node_name
-from qcompiler.ir.substitution import MICROSOFT, needs_microsoft_ops, new_node, substitute
+from qcompiler.ir.dataflow import MICROSOFT, all_nodes, int_attribute, is_op, node_name
+from qcompiler.ir.substitution import needs_microsoft_ops, new_node, substitute
+from qcompiler.passes.lower.stored_bytes import record_stored_bytes
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
@@ -51,6 +51,7 @@ class LowerEmbeddings(Pass):
             rewrites.append(Rewrite(RULE, node_name(node), f"{table.bits}-bit rows"))
             self._lower(node, table, context)
             needs_microsoft_ops(model)
+        record_stored_bytes(model, self.name)
         return PassResult(tuple(rewrites), tuple(skips))
 
     def _lower(self, node: ir.Node, table: CodedMatrix, context: PassContext) -> None:

@@ -1,30 +1,43 @@
 """Writes MatMulNBits where ONNX Runtime would not make it from Q/DQ."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.execution.fusion import (
+from qcompiler.execution.ort_fusion import (
     WeightPath,
     is_fused_by_runtime,
+    is_half_in_body,
     is_plain_product,
     weight_path,
 )
-from qcompiler.ir.byte_codes import SMALLEST_BLOCK, ByteMatrix, shared_bytes, transposed_bytes
-from qcompiler.ir.dataflow import all_nodes, is_op
-from qcompiler.ir.editing import constant_value, node_name
-from qcompiler.ir.provenance import SCHEME
-from qcompiler.ir.substitution import MICROSOFT, needs_microsoft_ops, new_node, substitute
-from qcompiler.ir.weights import WeightStore
-from qcompiler.quant.scheme import Activations, parse_scheme
+from qcompiler.ir.byte_codes import (
+    SMALLEST_BLOCK,
+    ByteMatrix,
+    shared_bytes,
+    tensor_of,
+    transposed_block,
+    transposed_bytes,
+)
+from qcompiler.ir.dataflow import MICROSOFT, all_nodes, is_op, node_name
+from qcompiler.ir.editing import add_initializer, constant_value, drop_unused_initializers
+from qcompiler.ir.provenance import scheme_of
+from qcompiler.ir.substitution import needs_microsoft_ops, new_node, substitute
+from qcompiler.ir.weights import WeightStore, read_all
+from qcompiler.passes.lower.stored_bytes import record_stored_bytes
+from qcompiler.quant.scheme import Activations
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
 RULE = "lower-matmul-nbits"
 LARGEST_SPREAD_BLOCK = 256
 """Block size up to which one scale per channel is repeated; larger ones were not measured."""
+
+
+_LEVEL_IN_HALF_BODIES = 1
+"""Accuracy level that is right with scales that ONNX Runtime casts at each run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,8 @@ class LowerMatMulNBits(Pass):
     produces: ClassVar[Stage] = Stage.QDQ
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
+    options: MatMulNBitsOptions
+
     def __init__(self, options: MatMulNBitsOptions | None = None) -> None:
         self.options = options or MatMulNBitsOptions()
 
@@ -75,11 +90,15 @@ class LowerMatMulNBits(Pass):
                 skips.append(Skip(RULE, node_name(node), reason))
                 continue
             rewrites.append(Rewrite(RULE, node_name(node), f"{path.matrix.bits}-bit weights"))
-            self._lower(node, path, context.store)
+            level = self.options.accuracy_level
+            if is_half_in_body(node, path, model.graph):
+                level = min(level, _LEVEL_IN_HALF_BODIES)
+            self._lower(node, path, context.store, level)
             needs_microsoft_ops(model)
+        record_stored_bytes(model, self.name)
         return PassResult(tuple(rewrites), tuple(skips))
 
-    def _lower(self, node: ir.Node, path: WeightPath, store: WeightStore) -> None:
+    def _lower(self, node: ir.Node, path: WeightPath, store: WeightStore, level: int) -> None:
         block = _block_size(path)
         name = node_name(node)
         if path.transposed:
@@ -91,6 +110,7 @@ class LowerMatMulNBits(Pass):
         made = [
             self._constant_node(node, "Reshape", data.codes, (path.outputs, blocks, width), name)
         ]
+        data = _with_own_scale(node, data)
         scale, zero_point = self._spread(node, data, path, blocks, made)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         inputs = [node.inputs[0], made[0].outputs[0], scale]
@@ -101,7 +121,7 @@ class LowerMatMulNBits(Pass):
         attributes = {
             "K": path.reduction,
             "N": path.outputs,
-            "accuracy_level": self.options.accuracy_level,
+            "accuracy_level": level,
             "bits": path.matrix.bits,
             "block_size": block,
         }
@@ -139,6 +159,24 @@ class LowerMatMulNBits(Pass):
         return new_node(self.name, op_type, [value, target], label, dtype=value.dtype)
 
 
+def _with_own_scale(node: ir.Node, data: ByteMatrix) -> ByteMatrix:
+    """Return float16 data with a copy of the scale that this product alone reads.
+
+    Where ONNX Runtime computes a float16 product in float32, it casts the scale, and folds the
+    Cast only if nothing else reads the scale; for a scale that is not constant, the kernel with
+    accuracy level 4 returns zeros (measured with 1.32).
+    """
+    tensor = tensor_of(data.scale)
+    if tensor.dtype != ir.DataType.FLOAT16:
+        return data
+    name = f"{node_name(node)}.own_scale"
+    assert isinstance(node.graph, ir.Graph)
+    copy = ir.tensor(read_all(tensor), dtype=tensor.dtype, name=name)
+    own = add_initializer(node.graph, name, copy)
+    drop_unused_initializers([data.scale])
+    return replace(data, scale=own)
+
+
 def _unfused(model: ir.Model) -> list[ir.Node]:
     """Return the products over coded matrices that the runtime leaves alone, in graph order.
 
@@ -148,7 +186,7 @@ def _unfused(model: ir.Model) -> list[ir.Node]:
     found = []
     for node in all_nodes(model):
         path = weight_path(node) if is_op(node, "MatMul", "Gemm") else None
-        if path is not None and not is_fused_by_runtime(node, path):
+        if path is not None and not is_fused_by_runtime(node, path, model.graph):
             found.append(node)
     return found
 
@@ -159,7 +197,7 @@ def _block_size(path: WeightPath) -> int:
     if matrix.block_size is not None:
         return matrix.block_size
     if not path.transposed:
-        return min(LARGEST_SPREAD_BLOCK, matrix.row_block)
+        return transposed_block(matrix, LARGEST_SPREAD_BLOCK)
     divisor = path.reduction & -path.reduction
     return min(LARGEST_SPREAD_BLOCK, divisor) if divisor >= SMALLEST_BLOCK else 0
 
@@ -167,7 +205,7 @@ def _block_size(path: WeightPath) -> int:
 def _refusal(node: ir.Node, path: WeightPath) -> str:
     """Return why a product stays as it is, "" if it can be rewritten."""
     matrix = path.matrix
-    scheme = parse_scheme(node.metadata_props.get(SCHEME, "float"))
+    scheme = scheme_of(node)
     if scheme is not None and scheme.activations is Activations.DYNAMIC:
         return "its activations are quantized at run time, which lower-dynamic-quantization does"
     if not is_plain_product(node):

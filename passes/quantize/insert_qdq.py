@@ -12,20 +12,22 @@ import onnx_ir as ir
 
 from qcompiler.errors import ModelError
 from qcompiler.ir.dataflow import all_nodes, node_label
-from qcompiler.ir.editing import constant_value
-from qcompiler.ir.provenance import BYTES_AFTER, SCHEME, SQNR, annotate
+from qcompiler.ir.editing import add_initializer, fresh_name, value_names
+from qcompiler.ir.provenance import BYTES_AFTER, SCHEME, SQNR, annotate, scheme_of
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.weights import WeightStore, read_slice
 from qcompiler.quant.granularity import PerAxis, PerBlock
 from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
-from qcompiler.quant.scheme import QSpec, parse_scheme
+from qcompiler.quant.scheme import QSpec
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
 SLICE_BYTES = 8 << 20
-"""Bytes of float weight a worker holds at once; larger weights are quantized in slices."""
+"""Bytes of float weight a worker holds at once, where slices are rows."""
 COLUMN_SLICE_BYTES = 64 << 20
-"""The same for slices along another axis than the first, which lie scattered in the file."""
+"""The same where slices are columns: they lie scattered in the file, and fewer are read faster."""
+_PARTS = ("codes", "scale", "zero_point", "dequantized")
+"""What the values that stand for a weight are called, after its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,9 @@ class InsertQdq(Pass):
     After:  y = MatMul(x, DequantizeLinear(codes, scale))     codes: int4 [K, N], scale [K/B, N]
     Refuses: nothing: what cannot be quantized was given the scheme "float" by assign-schemes.
 
-    Tied sites share one set of codes. Weights stream: at most `workers` slices of 8 MiB are
-    held at a time, and large codes go to the context's store.
+    Tied sites share one set of codes. Names that are taken get a number: `w_2.codes`. Weights
+    stream: each of `workers` threads holds one slice, of about 8 MiB where it is cut along
+    the first axis and 64 MiB along another, and large codes go to the context's store.
 
     Raises (from `run`):
         ModelError: A weight holds NaN or infinity; the message names it.
@@ -83,6 +86,8 @@ class InsertQdq(Pass):
     produces: ClassVar[Stage] = Stage.QDQ
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
+    options: InsertQdqOptions
+
     def __init__(self, options: InsertQdqOptions | None = None) -> None:
         self.options = options or InsertQdqOptions()
 
@@ -90,6 +95,8 @@ class InsertQdq(Pass):
         """Quantize every planned weight, then rewire its readers."""
         groups = _planned(find_sites(model)[0])
         position = {node: index for index, node in enumerate(all_nodes(model))}
+        taken = value_names(model) | {node.name or "" for node in position}
+        stems = [_free_stem(sites[0].weight.name or "weight", taken) for sites in groups]
         rewrites: list[Rewrite] = []
         total = sum(sites[0].tensor.nbytes for sites in groups)
         with (
@@ -98,13 +105,14 @@ class InsertQdq(Pass):
         ):
             reader = _SliceReader()
             pending = [
-                pool.submit(self._quantize, sites[0], context.store, reader) for sites in groups
+                pool.submit(self._quantize, sites[0], stem, context.store, reader)
+                for sites, stem in zip(groups, stems, strict=True)
             ]
             try:
-                for sites, future in zip(groups, pending, strict=True):
+                for sites, stem, future in zip(groups, stems, pending, strict=True):
                     nbytes = sites[0].tensor.nbytes
                     weight = future.result()
-                    _rewire(sites, weight, position)
+                    _rewire(sites, weight, position, stem, taken)
                     rewrites.extend(_record(sites, weight))
                     advance(nbytes)
             except BaseException:
@@ -112,10 +120,11 @@ class InsertQdq(Pass):
                 raise
         return PassResult(tuple(rewrites))
 
-    def _quantize(self, site: Site, store: WeightStore, reader: "_SliceReader") -> QuantizedWeight:
-        spec = _spec(site)
+    def _quantize(
+        self, site: Site, stem: str, store: WeightStore, reader: "_SliceReader"
+    ) -> QuantizedWeight:
         try:
-            return _quantize_in_slices(site, spec, self.options.weight_range, store, reader)
+            return _quantize_in_slices(site, stem, self.options.weight_range, store, reader)
         except ValueError as error:
             message = f"its weight {site.weight.name} cannot be quantized: {error}"
             raise ModelError(
@@ -134,6 +143,7 @@ class _SliceReader:
     def read(self, tensor: ir.TensorProtocol, axis: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Read as `read_slice` does; the result is good until the thread reads again."""
         if not hasattr(self._local, "buffer"):
+            # Slices are rounded to whole blocks; one that does not fit gets memory of its own.
             self._local.buffer = np.empty(2 * SLICE_BYTES, dtype=np.uint8)
         return read_slice(tensor, axis, start, stop, self._local.buffer)
 
@@ -142,21 +152,31 @@ def _planned(sites: Sequence[Site]) -> list[list[Site]]:
     """Group the sites that have a scheme by the weight they share, in graph order."""
     groups: dict[ir.Value, list[Site]] = {}
     for site in sites:
-        if parse_scheme(site.node.metadata_props.get(SCHEME, "float")) is not None:
+        if scheme_of(site.node) is not None:
             groups.setdefault(site.weight, []).append(site)
     return list(groups.values())
 
 
+def _free_stem(wanted: str, taken: set[str]) -> str:
+    """Return what the names of a weight's parts begin with, and take these names."""
+    stem, number = wanted, 1
+    while not taken.isdisjoint(f"{stem}.{part}" for part in _PARTS):
+        number += 1
+        stem = f"{wanted}_{number}"
+    taken.update(f"{stem}.{part}" for part in _PARTS)
+    return stem
+
+
 def _spec(site: Site) -> QSpec:
-    scheme = parse_scheme(site.node.metadata_props[SCHEME])
+    scheme = scheme_of(site.node)
     assert scheme is not None
     return scheme.weight_spec(site.granularity(scheme))
 
 
 def _quantize_in_slices(
-    site: Site, spec: QSpec, method: RangeMethod, store: WeightStore, reader: "_SliceReader"
+    site: Site, name: str, method: RangeMethod, store: WeightStore, reader: "_SliceReader"
 ) -> QuantizedWeight:
-    tensor, name = site.tensor, site.weight.name or "weight"
+    tensor, spec = site.tensor, _spec(site)
     axis, slices = _plan_slices(site, spec)
     scale_dtype = np.dtype(tensor.dtype.numpy())
     code_type = ir.DataType[spec.qtype.onnx_name]
@@ -182,10 +202,9 @@ def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
     shape, granularity = site.shape, spec.granularity
     if isinstance(granularity, PerBlock):
         axis, unit = 0, granularity.block_size if granularity.axis == 0 else 1
-    elif isinstance(granularity, PerAxis):
-        axis, unit = granularity.axis, 1
     else:
-        return 0, [(0, shape[0])]
+        assert isinstance(granularity, PerAxis)  # the two that `Site.granularity` gives
+        axis, unit = granularity.axis, 1
     pieces = -(-site.tensor.nbytes // (SLICE_BYTES if axis == 0 else COLUMN_SLICE_BYTES))
     if pieces == 1:
         return 0, [(0, shape[0])]
@@ -232,19 +251,26 @@ def _join(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any]:
     return np.concatenate(parts, axis=0 if parts[0].ndim == 1 else axis)
 
 
-def _rewire(sites: Sequence[Site], weight: QuantizedWeight, position: dict[ir.Node, int]) -> None:
+def _rewire(
+    sites: Sequence[Site],
+    weight: QuantizedWeight,
+    position: dict[ir.Node, int],
+    stem: str,
+    taken: set[str],
+) -> None:
     """Put one DequantizeLinear into every graph that reads the weight, and drop the float."""
     source = sites[0].weight
     home = source.graph
     assert home is not None
-    operands = [_initializer(home, tensor) for tensor in _tensors(weight)]
+    operands = [add_initializer(home, tensor.name or "", tensor) for tensor in _tensors(weight)]
     readers: dict[ir.Graph, list[ir.Node]] = {}
     for node in source.consumers():
         assert node.graph is not None
         readers.setdefault(node.graph, []).append(node)
     for index, (graph, nodes) in enumerate(readers.items()):
-        suffix = "dequantized" if index == 0 else f"dequantized.{index}"
-        dequantize = _dequantize_node(sites[0], operands, f"{source.name}.{suffix}")
+        name = f"{stem}.dequantized"
+        name = fresh_name(f"{name}.{index}", taken) if index else name
+        dequantize = _dequantize_node(sites[0], operands, name)
         first = min(nodes, key=lambda node: position[node])
         graph.insert_before(first, dequantize)
         for node in nodes:
@@ -260,17 +286,10 @@ def _tensors(weight: QuantizedWeight) -> Iterator[ir.TensorProtocol]:
         yield weight.zero_point
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = constant_value(tensor.name or "", tensor)
-    graph.register_initializer(value)
-    return value
-
-
 def _dequantize_node(site: Site, operands: Sequence[ir.Value], name: str) -> ir.Node:
     granularity = _spec(site).granularity
-    attributes = []
-    if isinstance(granularity, PerAxis | PerBlock):
-        attributes.append(ir.AttrInt64("axis", granularity.axis))
+    assert isinstance(granularity, PerAxis | PerBlock)
+    attributes = [ir.AttrInt64("axis", granularity.axis)]
     if isinstance(granularity, PerBlock):
         attributes.append(ir.AttrInt64("block_size", granularity.block_size))
     node = ir.Node("", "DequantizeLinear", operands, attributes, name=name, num_outputs=1)

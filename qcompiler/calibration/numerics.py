@@ -1,8 +1,11 @@
 """`--verify numerics`: runs the model after every pass and names the first that is wrong."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.samples import Feeds
@@ -10,6 +13,17 @@ from qcompiler.errors import ParityError
 from qcompiler.execution.outputs import OutputDifference, compare_outputs
 from qcompiler.execution.sessions import open_session
 from qcompiler.rewriting.base import Numerics, Pass, PassResult
+
+_ROUNDINGS: Final = 4
+"""Epsilons of the type that is computed in that a reassociation may cost."""
+_EPSILON: Final = {
+    ir.DataType.DOUBLE: 2.0**-52,
+    ir.DataType.FLOAT: 2.0**-23,
+    ir.DataType.FLOAT16: 2.0**-10,
+    ir.DataType.BFLOAT16: 2.0**-7,
+}
+"""Distance from 1 to the next number. Narrower types are codes: nothing is computed in them."""
+_HINT: Final = "--dump-ir keeps the models to compare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +48,25 @@ class NumericsRecord:
 class VerifyNumerics:
     """A pass hook that compares outputs before and after, in ONNX Runtime without optimization.
 
-    An EXACT pass must not change a bit, a REORDERED one must stay within its tolerance; the
-    loss of a LOSSY one is recorded. Outputs must stay finite where they were.
+    An EXACT pass must not change a bit, a REORDERED one must stay within its tolerance (see
+    `Pass.tolerance`); the loss of a LOSSY one is recorded. Outputs must stay finite where they
+    were, whatever the pass declares.
+
+    Args:
+        feeds: The inputs to run on.
+        custom_op_libraries: Shared libraries with the kernels of custom operators.
     """
 
-    def __init__(self, feeds: Feeds) -> None:
+    def __init__(self, feeds: Feeds, custom_op_libraries: Sequence[Path] = ()) -> None:
         self._feeds = feeds
-        self._before: dict[str, np.ndarray] | None = None
+        self._libraries = tuple(custom_op_libraries)
+        self._before: dict[str, npt.NDArray[Any]] | None = None
+        self._epsilon = 0.0
         self.records: list[NumericsRecord] = []
 
     def before_pass(self, model: ir.Model, rewrite: Pass) -> None:
         """Run the model as it is, once, before the first pass."""
+        self._epsilon = _coarsest_epsilon(model)
         if self._before is None:
             self._before = self._run(model)
 
@@ -52,7 +74,8 @@ class VerifyNumerics:
         """Run the model again if the pass changed it, and compare.
 
         Raises:
-            ParityError: The outputs differ by more than the pass declares.
+            ParityError: The outputs differ by more than the pass declares, or are not finite
+                where they were.
         """
         if not result.modified or self._before is None:
             return
@@ -67,21 +90,36 @@ class VerifyNumerics:
                     difference.sqnr_db,
                 )
             )
-            _judge(rewrite, difference)
+            _judge(rewrite, difference, self._epsilon)
         self._before = after
 
     def on_failure(self, rewrite: Pass, error: BaseException) -> str | None:
         """Add nothing."""
         return None
 
-    def _run(self, model: ir.Model) -> dict[str, np.ndarray]:
-        return open_session(model, optimize=False).run(self._feeds)
+    def _run(self, model: ir.Model) -> dict[str, npt.NDArray[Any]]:
+        with open_session(model, optimize=False, custom_op_libraries=self._libraries) as session:
+            return session.run(self._feeds)
 
 
-def _judge(rewrite: Pass, difference: OutputDifference) -> None:
+def _coarsest_epsilon(model: ir.Model) -> float:
+    """Return the epsilon of the narrowest float type a model takes, holds or returns."""
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for graph in model.graphs():
+        values.extend(graph.initializers.values())
+    return max((_EPSILON.get(value.dtype, 0.0) for value in values if value.dtype), default=0.0)
+
+
+def _judge(rewrite: Pass, difference: OutputDifference, epsilon: float) -> None:
+    if difference.spoiled:
+        message = (
+            f"makes {difference.spoiled} values of output {difference.name} NaN or infinite, "
+            "which were finite before it"
+        )
+        raise ParityError(message, where=rewrite.label, hint=_HINT)
     allowed = {
         Numerics.EXACT: 0.0,
-        Numerics.REORDERED: rewrite.tolerance or 0.0,
+        Numerics.REORDERED: max(rewrite.tolerance or 0.0, _ROUNDINGS * epsilon),
         Numerics.LOSSY: float("inf"),
     }[rewrite.numerics]
     if difference.max_rel <= allowed:
@@ -89,6 +127,6 @@ def _judge(rewrite: Pass, difference: OutputDifference) -> None:
     message = (
         f"changes output {difference.name} by {difference.max_rel:.2e} of its largest value "
         f"(SQNR {difference.sqnr_db:.1f} dB), and declares itself {rewrite.numerics} "
-        f"(at most {allowed:.0e})"
+        f"(at most {allowed:.1e})"
     )
-    raise ParityError(message, where=f"pass {rewrite.name}", hint="see --dump-ir for both models")
+    raise ParityError(message, where=rewrite.label, hint=_HINT)

@@ -1,7 +1,8 @@
 """Inputs to run a model on: from an .npz file, or made up from the model's signature."""
 
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ Feeds = dict[str, npt.NDArray[Any]]
 """One call's inputs: input name to array."""
 
 _SYMBOLIC_SIZE = 4
+_UNREADABLE = (
+    *(OSError, EOFError, TypeError, ValueError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy and zipfile raise on files that are damaged or something else."""
 
 
 def synthetic_feeds(model: ir.Model, *, seed: int) -> Feeds:
@@ -48,28 +54,51 @@ def load_feeds(path: Path, model: ir.Model) -> Feeds:
     """Read one call's inputs from an .npz file whose keys are the model's input names.
 
     Raises:
-        UsageError: Not an .npz file, holds pickled objects, or its names or types do not match.
+        UsageError: Not an .npz file, holds pickled objects, names an input the model does not
+            have or lacks one it has, or an array has another type than its input.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        arrays = _read(path)
+    except _UNREADABLE as error:
         message = f"cannot be read as an .npz file of plain arrays: {error}"
-        raise UsageError(message, where=str(path)) from error
+        raise UsageError(message, where=str(path), hint="np.savez writes such a file") from error
     return _matched(arrays, model, str(path))
+
+
+def _read(path: Path) -> Feeds:
+    with path.open("rb") as file:
+        found = np.load(file, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            message = "it holds one array without a name"
+            raise TypeError(message)
+        return {name: np.asarray(found[name]) for name in found.files}
 
 
 def _matched(arrays: Mapping[str, npt.NDArray[Any]], model: ir.Model, where: str) -> Feeds:
     wanted = {str(v.name): v for v in model.graph.inputs}
-    if set(arrays) < set(wanted):
-        message = f"holds {sorted(arrays)}, and the model's inputs are {sorted(wanted)}"
-        raise UsageError(message, where=where)
-    feeds: Feeds = {}
+    if set(arrays) != set(wanted):
+        message = f"holds {_listed(arrays)}, and the model's inputs are {_listed(wanted)}"
+        parts = (
+            ("missing", wanted.keys() - arrays.keys()),
+            ("not in the model", arrays.keys() - wanted.keys()),
+        )
+        hint = "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
+        raise UsageError(message, where=where, hint=hint)
     for name, value in wanted.items():
-        expected = value.dtype.numpy() if value.dtype is not None else None
-        if name not in arrays or (expected is not None and arrays[name].dtype != expected):
-            found = arrays[name].dtype if name in arrays else "nothing"
-            message = f"holds {found} for input {name}, which takes {expected}"
-            raise UsageError(message, where=where)
-        feeds[name] = arrays[name]
-    return feeds
+        if value.dtype is not None and not _holds(arrays[name], value.dtype):
+            expected = value.dtype.numpy()
+            message = f"holds {arrays[name].dtype} for input {name}, which takes {value.dtype}"
+            raise UsageError(
+                message, where=where, hint=f"convert it with .astype({str(expected)!r})"
+            )
+    return {name: arrays[name] for name in wanted}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _holds(array: npt.NDArray[Any], dtype: ir.DataType) -> bool:
+    if dtype == ir.DataType.STRING:
+        return array.dtype.kind == "U"  # an .npz holds texts of Python type only as a pickle
+    return bool(array.dtype == dtype.numpy())

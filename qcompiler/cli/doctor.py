@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-_CORE = ("qcompiler", "numpy", "ml-dtypes", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_CORE = (
+    "qcompiler",
+    "click",
+    "ml-dtypes",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "rich",
+)
 _EXTRAS = {
     "onnx-graphsurgeon": ("user passes on GraphSurgeon graphs", "pip install 'qcompiler[surgeon]'"),
     "onnxruntime-gpu": ("running models on an NVIDIA GPU", "pip install onnxruntime-gpu"),
@@ -16,7 +26,10 @@ _EXTRAS = {
 @click.command("doctor")
 def command() -> None:
     """Show versions, execution providers and processor features, and what is missing."""
+    has_gpu_build = _version("onnxruntime-gpu") is not None
     for name in _CORE:
+        if name == "onnxruntime" and has_gpu_build:
+            continue  # the GPU build takes its place
         click.echo(f"{name:20} {_version(name) or 'MISSING: pip install ' + name}")
     for name, (purpose, install) in _EXTRAS.items():
         click.echo(f"{name:20} {_version(name) or f'not installed ({purpose}): {install}'}")

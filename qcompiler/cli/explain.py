@@ -19,21 +19,23 @@ def command(model: Path, node: str) -> None:
 
     NODE is a name, a glob, or /regex/. Reads the report beside the model if there is one.
     """
-    from qcompiler.errors import UsageError
+    from qcompiler.errors import UsageError, printable
     from qcompiler.quant.selector import Selector, nearest
     from qcompiler.report.terminal import explanation
 
     nodes, passes = _facts(model)
     selector = Selector(name=node)
-    chosen = [entry for entry in nodes if entry.name == node or selector.matches_name(entry.name)]
+    chosen = [
+        entry for entry in nodes if any(selector.matches_name(name) for name in entry.origins)
+    ]
     if not chosen:
-        close = nearest(node.strip("*/"), [entry.name for entry in nodes])
+        close = nearest(node.strip("*/"), [name for entry in nodes for name in entry.origins])
         message = f"no quantizable node is called {node!r}"
         hint = f"nearest: {', '.join(close)}" if close else "`qcompile inspect` lists the names"
         raise UsageError(message, where=str(model), hint=hint)
     for entry in chosen:
         for line in explanation(entry, passes):
-            click.echo(line)
+            click.echo(printable(line))
 
 
 def _facts(model: Path) -> "tuple[tuple[NodeReport, ...], tuple[PassReport, ...]]":

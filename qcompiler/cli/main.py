@@ -1,5 +1,6 @@
 """The `qcompile` command: finds the subcommand, and turns errors into exit codes."""
 
+import os
 import signal
 import sys
 import traceback
@@ -8,7 +9,7 @@ from typing import Any
 
 import click
 
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import QCompilerError, printable
 
 _COMMANDS = {
     "compile": ("qcompiler.cli.compile", "Compile a model (what `qcompile MODEL` does)."),
@@ -37,7 +38,8 @@ class CommandGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `compile` in front of anything that is not a command or an option of the group."""
-        if args and args[0] not in (*_COMMANDS, "--help", "-h", "--version", "--list"):
+        own = (*_COMMANDS, "--help", "-h", "--version", "--list")
+        if args and args[0].partition("=")[0] not in own:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
 
@@ -109,12 +111,14 @@ def _run(arguments: list[str], show_traceback: bool) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was written", err=True)
+        click.echo("interrupted: no model was written", err=True)
         return _INTERRUPTED
     except QCompilerError as error:
         _show(error, show_traceback)
         return error.exit_code
     except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing may be left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
         click.echo("error: out of memory", err=True)
@@ -130,9 +134,9 @@ def _show(error: Exception, show_traceback: bool) -> None:
         traceback.print_exception(error)
     if isinstance(error, QCompilerError):
         place = f"{error.where}: " if error.where else ""
-        click.echo(f"error: {place}{error.message}", err=True)
+        click.echo(printable(f"error: {place}{error.message}"), err=True)
         if error.hint:
-            click.echo(f"  hint: {error.hint}", err=True)
+            click.echo(printable(f"  hint: {error.hint}"), err=True)
         return
-    click.echo(f"internal error: {type(error).__name__}: {error}", err=True)
+    click.echo(printable(f"internal error: {type(error).__name__}: {error}"), err=True)
     click.echo("  hint: a defect in qcompiler; --traceback shows where, please report it", err=True)

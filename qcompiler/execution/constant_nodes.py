@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from qcompiler.execution.sessions import session_options
 from qcompiler.ir.dataflow import ints_attribute
 from qcompiler.ir.shapes import infer_shapes
-from qcompiler.ir.weights import WeightStore, nbytes_of, read_all, read_slice
+from qcompiler.ir.weights import WeightStore, nbytes_of, read_all, read_slice, reinterpret
 
 _INLINE_BYTES: Final = 1000
 """Inputs up to this size are initializers of the session, as shape inference needs values."""
@@ -123,15 +124,7 @@ def _move(
         return None
     name = node.outputs[0].name or ""
     if node.op_type in _RELABELLING:
-        return ir.ExternalTensor(
-            source.location,
-            source.offset,
-            source.length,
-            source.dtype,
-            shape=ir.Shape(result.shape),
-            name=name,
-            base_dir=source.base_dir,
-        )
+        return reinterpret(source, source.dtype, result.shape, name)
     swaps = node.op_type == "Transpose" and ints_attribute(node, "perm") in (None, (1, 0))
     if not swaps or len(result.shape) != 2 or result.dtype.bitwidth < 8:
         return None
@@ -202,10 +195,7 @@ def _run(
         for index, array in enumerate(arrays)
         if array is not None and f"input{index}" not in model.graph.initializers
     }
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1  # sums must not depend on the number of cores
-    options.log_severity_level = 4
+    options = session_options(optimize=False, threads=1)  # sums must not depend on the cores
     try:
         session = onnxruntime.InferenceSession(
             ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -10,9 +10,10 @@ import onnx_ir as ir
 import onnxruntime
 
 from qcompiler.errors import TargetError
-from qcompiler.execution.segments import Segment, cut, producers_by_name, weight_bytes
+from qcompiler.execution.segments import Segment, cut, producers_by_name
 from qcompiler.execution.sessions import runtime_failure, session_options
 from qcompiler.ir.dataflow import all_graphs, all_nodes, int_attribute
+from qcompiler.ir.weights import constant_bytes
 from qcompiler.progress import Progress, SilentProgress
 
 _PROVIDER: Final = "CPUExecutionProvider"
@@ -110,17 +111,13 @@ def inspect_kernels(
         custom_op_libraries: Shared libraries with the kernels of custom operators.
         progress: Where the work is shown.
     """
-    model = ir.load(path)
-    wanted = {node.name: node for node in all_nodes(model) if node.name in set(nodes)}
-    total = sum(weight_bytes(list(graph.initializers.values())) for graph in all_graphs(model))
+    model = ir.load(path, format="protobuf")
+    asked = set(nodes)
+    wanted = {node.name: node for node in all_nodes(model) if node.name in asked}
     loader = _Loader(path.absolute().parent, custom_op_libraries)
-    if total <= memory_limit:
-        outcome = _inspect_whole(model, path, wanted, loader)
-    else:
-        outcome = _inspect_segments(
-            model, wanted, loader, memory_limit, progress or SilentProgress()
-        )
-    return outcome
+    if constant_bytes(model) <= memory_limit:
+        return _inspect_whole(path, wanted, loader)
+    return _inspect_segments(model, wanted, loader, memory_limit, progress or SilentProgress())
 
 
 class _Loader:
@@ -166,9 +163,7 @@ class _Loader:
         return options
 
 
-def _inspect_whole(
-    model: ir.Model, path: Path, wanted: Mapping[str, ir.Node], loader: _Loader
-) -> Inspection:
+def _inspect_whole(path: Path, wanted: Mapping[str, ir.Node], loader: _Loader) -> Inspection:
     try:
         optimized = loader.optimized(path)
     except TargetError as error:
@@ -278,7 +273,9 @@ def _describe(node: ir.Node, made: Mapping[str, ir.Node]) -> Kernel:
 
 def _is_dequantized(value: ir.Value, made: Mapping[str, ir.Node]) -> bool:
     producer = made.get(value.name or "")
-    while producer is not None and producer.op_type in ("Transpose", "Cast", "Reshape"):
+    for _ in range(_DEPTH):
+        if producer is None or producer.op_type not in ("Transpose", "Cast", "Reshape"):
+            break
         source = producer.inputs[0]
         producer = made.get(source.name or "") if source is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"

@@ -21,12 +21,14 @@ class OutputDifference:
         max_abs: Largest `|reference - other|`.
         max_rel: `max_abs / max|reference|`.
         sqnr_db: `10 log10(sum reference^2 / sum (reference - other)^2)`; infinite where equal.
+        spoiled: How many elements are finite in the reference and are not any more.
     """
 
     name: str
     max_abs: float
     max_rel: float
     sqnr_db: float
+    spoiled: int = 0
 
 
 def compare_outputs(
@@ -34,8 +36,9 @@ def compare_outputs(
 ) -> tuple[OutputDifference, ...]:
     """Compare two sets of outputs, in the reference's order.
 
-    Numbers are compared in float64; where either side has NaN, or they differ in an infinity, the
-    difference is infinite. Outputs that are not numbers differ by 0 or infinity.
+    Numbers are compared in float64. NaN equals NaN and an infinity equals itself; where one side
+    only is NaN or infinite, the difference is infinite. Outputs that are not numbers differ by 0
+    or infinity.
 
     Raises:
         ParityError: The names or a shape differ.
@@ -54,12 +57,15 @@ def _compare(name: str, reference: Array, other: Array) -> OutputDifference:
         raise ParityError(message, where=name)
     if not _is_number(reference) or not _is_number(other):
         same = bool(np.array_equal(reference, other))
-        return _difference(name, 0.0 if same else np.inf, 1.0, 0.0 if same else np.inf)
+        far = 0.0 if same else np.inf
+        return OutputDifference(name, far, far, _decibels(1.0, far))
     truth, value = reference.astype(np.float64), other.astype(np.float64)
+    equal = (truth == value) | (np.isnan(truth) & np.isnan(value))
     with np.errstate(invalid="ignore"):
-        error = np.where(truth == value, 0.0, np.abs(truth - value))
+        error = np.where(equal, 0.0, np.abs(truth - value))
     if not np.all(np.isfinite(error)):
-        return _difference(name, np.inf, 1.0, np.inf)
+        spoiled = int(np.count_nonzero(np.isfinite(truth) & ~np.isfinite(value)))
+        return OutputDifference(name, np.inf, np.inf, -np.inf, spoiled)
     finite = np.where(np.isfinite(truth), truth, 0.0)
     return OutputDifference(
         name,
@@ -71,10 +77,6 @@ def _compare(name: str, reference: Array, other: Array) -> OutputDifference:
 
 def _is_number(values: Array) -> bool:
     return values.dtype != object and values.dtype.kind not in "US"
-
-
-def _difference(name: str, error: float, signal: float, noise: float) -> OutputDifference:
-    return OutputDifference(name, error, error, _decibels(signal, noise))
 
 
 def _ratio(error: float, peak: float) -> float:

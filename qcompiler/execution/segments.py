@@ -11,6 +11,7 @@ from typing import Final, cast
 import onnx_ir as ir
 
 from qcompiler.ir.dataflow import bodies_of, constant_of, inputs_with_captures
+from qcompiler.ir.weights import read_all
 
 _INTEGER_OPS: Final = frozenset(
     {
@@ -29,6 +30,7 @@ _STRUCTURAL_BYTES: Final = 1024
 """Small integers are shapes and axes, which decide what is fused; other values do not."""
 
 _BLOCKED_LAYOUT: Final = "com.microsoft.nchwc"
+_PRECISION_CAST: Final = "InsertedPrecisionFreeCast_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,6 @@ class Segment:
             rows.append((node.domain, node.op_type, read, made, attributes))
         rows.append(tuple(numbers[value] for value in self.outputs))
         return tuple(rows)
-
-
-def weight_bytes(values: Sequence[ir.Value]) -> int:
-    """Return the bytes of the constants among `values`."""
-    tensors = [value.const_value for value in values if value.is_initializer()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def cut(graph: ir.Graph, memory_limit: int) -> Iterator[Segment]:
@@ -169,7 +165,8 @@ def _stop(
         for value in _constants_of(nodes[index], constant):
             if value not in weights:
                 weights[value] = None
-                total += weight_bytes([value])
+                tensor = constant_of(value)
+                total += 0 if tensor is None else tensor.nbytes
         if total > memory_limit and last_legal > start:
             return last_legal
     return len(nodes)
@@ -243,7 +240,7 @@ def _describe(value: ir.Value) -> tuple[object, ...]:
     if tensor is None:
         return (str(value.type), str(value.shape))
     if tensor.dtype in _STRUCTURAL_TYPES and tensor.nbytes <= _STRUCTURAL_BYTES:
-        return (tensor.dtype.name, str(tensor.shape), tensor.tobytes())
+        return (tensor.dtype.name, str(tensor.shape), read_all(tensor).tobytes())
     return (tensor.dtype.name, str(tensor.shape))
 
 
@@ -251,11 +248,14 @@ def producers_by_name(graphs: Sequence[ir.Graph]) -> Mapping[str, ir.Node]:
     """Return which node computes each named value of some optimized graphs.
 
     A node in ONNX Runtime's blocked layout computes a value of a new name, and is itself named
-    after the value it stands for.
+    after the value it stands for. One that computes a 16-bit float value in 32 bits gives it a
+    prefix.
     """
     found: dict[str, ir.Node] = {}
     for node in (node for graph in graphs for node in graph):
         if node.domain == _BLOCKED_LAYOUT and node.name:
             found[node.name.removesuffix("_nchwc")] = node
         found.update({value.name: node for value in node.outputs if value.name})
+    for name, node in list(found.items()):
+        found.setdefault(name.removeprefix(_PRECISION_CAST), node)
     return found

@@ -7,8 +7,7 @@ is already in that form: only its type and shape change, and no byte is read. Si
 by one flipped bit each.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import constant_of, int_attribute
-from qcompiler.ir.editing import constant_value
-from qcompiler.ir.weights import WeightStore, read_all, read_slice
+from qcompiler.ir.dataflow import constant_of, int_attribute, is_op
+from qcompiler.ir.editing import add_initializer
+from qcompiler.ir.weights import WeightStore, read_all, read_slice, reinterpret
 from qcompiler.quant.packing import pack
 
 Bytes = npt.NDArray[np.uint8]
@@ -122,7 +121,7 @@ def coded_matrix(node: ir.Node | None) -> CodedMatrix | None:
 
     One scale for the whole tensor, and types other than 8-, 4- and 2-bit integers, are not read.
     """
-    if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+    if node is None or not is_op(node, "DequantizeLinear"):
         return None
     codes, scale = node.inputs[0], node.inputs[1]
     zero_point = node.inputs[2] if len(node.inputs) > 2 else None
@@ -161,11 +160,12 @@ def shared_bytes(matrix: CodedMatrix, store: WeightStore) -> ByteMatrix:
     blocks = -(-columns // matrix.block_size) if matrix.block_size else 1
     codes = _initializer(graph, _bytes_name(matrix.codes), lambda name: _bytes(matrix, name, store))
     scale = matrix.scale
-    if len(tensor_of(scale).shape) != 2:
+    scales = tensor_of(scale)
+    if len(scales.shape) != 2:
         scale = _initializer(
             graph,
             f"{matrix.scale.name}.rows",
-            lambda name: _reinterpret(tensor_of(matrix.scale), None, (rows, 1), name),
+            lambda name: reinterpret(scales, scales.dtype, (rows, 1), name),
         )
     points_name = f"{matrix.codes.name}.zero_point_bytes"
     zero_point = None
@@ -216,6 +216,31 @@ def transposed_bytes(matrix: CodedMatrix, block_size: int, store: WeightStore) -
     )
 
 
+def transposed_block(matrix: CodedMatrix, largest: int) -> int:
+    """Return the block size from which `transposed_bytes` makes the least bytes.
+
+    Small blocks repeat the one scale per column often, large ones pad the rows; of equals the
+    larger is taken, which has fewer scales to read.
+
+    Args:
+        matrix: A matrix with one scale per column.
+        largest: Largest block size allowed.
+    """
+    sizes = []
+    block = SMALLEST_BLOCK
+    while block <= min(largest, matrix.row_block):
+        sizes.append(block)
+        block *= 2
+    return min(reversed(sizes), key=lambda size: _transposed_row_bytes(matrix, size))
+
+
+def _transposed_row_bytes(matrix: CodedMatrix, block_size: int) -> int:
+    blocks = -(-matrix.reduction // block_size)
+    points = -(-blocks * matrix.bits // 8) if matrix.zero_point or not matrix.signed else 0
+    scale_bytes = tensor_of(matrix.scale).dtype.bitwidth // 8
+    return blocks * (block_size * matrix.bits // 8 + scale_bytes) + points
+
+
 def _bytes_name(codes: ir.Value) -> str:
     return f"{codes.name}.bytes"
 
@@ -228,16 +253,13 @@ def _columns(values: npt.NDArray[Any], repeat: int) -> npt.NDArray[Any]:
 
 def _initializer(graph: ir.Graph, name: str, make: Callable[[str], ir.TensorProtocol]) -> ir.Value:
     found = graph.initializers.get(name)
-    if found is None:
-        found = constant_value(name, make(name))
-        graph.register_initializer(found)
-    return found
+    return add_initializer(graph, name, make(name)) if found is None else found
 
 
 def _bytes(matrix: CodedMatrix, name: str, store: WeightStore) -> ir.TensorProtocol:
     rows, columns = matrix.shape
     width = columns * matrix.bits // 8
-    raw = _reinterpret(tensor_of(matrix.codes), ir.DataType.UINT8, (rows, width), name)
+    raw = reinterpret(tensor_of(matrix.codes), ir.DataType.UINT8, (rows, width), name)
     if not matrix.signed:
         return raw
     mask = np.uint8(_SIGN_BITS[matrix.bits])
@@ -269,22 +291,3 @@ def _pack_rows(values: Bytes, bits: int) -> Bytes:
     per_byte = 8 // bits
     padded = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
     return pack(np.ascontiguousarray(padded), bits).reshape(values.shape[0], -1)
-
-
-def _reinterpret(
-    tensor: ir.TensorProtocol, dtype: ir.DataType | None, shape: Sequence[int], name: str
-) -> ir.TensorProtocol:
-    """Return the same bytes as another type and shape, without reading external data."""
-    dtype = dtype or tensor.dtype
-    if isinstance(tensor, ir.ExternalTensor):
-        return ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            math.ceil(math.prod(shape) * dtype.bitwidth / 8),
-            dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    values = np.frombuffer(tensor.tobytes(), dtype=dtype.numpy()).reshape(tuple(shape))
-    return ir.Tensor(values, dtype=dtype, name=name)

@@ -1,10 +1,29 @@
 """Questions about who produces and who consumes a value, through every nested body."""
 
 from collections.abc import Iterator
+from typing import Final
 
 import onnx_ir as ir
 
-ONNX_DOMAINS = ("", "ai.onnx")
+ONNX_DOMAINS: Final = ("", "ai.onnx")
+"""The two names of the standard operator set."""
+MICROSOFT: Final = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+RANDOM_OPS: Final = (
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
+    *("Multinomial", "Bernoulli", "Dropout"),
+)
+"""Standard ops whose results may differ from run to run."""
+
+
+def standard_domain(domain: str) -> str:
+    """Return a domain, the standard one always as ""."""
+    return "" if domain in ONNX_DOMAINS else domain
+
+
+def standard_opset(owner: ir.Model | ir.Graph | ir.Function) -> int:
+    """Return the version of the standard opset that is imported, under either name; 0 if none."""
+    return max(owner.opset_imports.get(domain, 0) for domain in ONNX_DOMAINS)
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -23,8 +42,19 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
     return node is not None and node.domain in ONNX_DOMAINS and node.op_type in op_types
 
 
+def node_name(node: ir.Node) -> str:
+    """Return how a node is looked up, and what new names derive from: `fc1`.
+
+    Rewrites and skips carry it; a node without a name is called after op type and first output.
+    """
+    if node.name:
+        return node.name
+    outputs = [value.name for value in node.outputs if value.name]
+    return f"{node.op_type}_{outputs[0]}" if outputs else node.op_type
+
+
 def node_label(node: ir.Node) -> str:
-    """Return how messages call a node: its name and op type."""
+    """Return how a sentence for people calls a node, never parsed or matched: `fc1 (Gemm)`."""
     if node.name:
         return f"{node.name} ({node.op_type})"
     outputs = [value.name for value in node.outputs if value.name]

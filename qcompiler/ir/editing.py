@@ -1,19 +1,12 @@
 """Small changes to a graph that every rewrite needs, bodies and graph outputs respected."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from qcompiler.ir.dataflow import all_graphs, bodies_of
-from qcompiler.ir.provenance import ORIGIN
-
-
-def node_name(node: ir.Node) -> str:
-    """Return how reports name a node: its name, or its op type and first output if it has none."""
-    if node.name:
-        return node.name
-    outputs = [value.name for value in node.outputs if value.name]
-    return f"{node.op_type}_{outputs[0]}" if outputs else node.op_type
+from qcompiler.ir.provenance import ORIGIN, origins_of
 
 
 def is_used(value: ir.Value) -> bool:
@@ -88,6 +81,17 @@ def constant_value(name: str, tensor: ir.TensorProtocol) -> ir.Value:
     )
 
 
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor as a new initializer of a graph and return its value.
+
+    Raises:
+        ValueError: Another initializer of the graph has that name.
+    """
+    value = constant_value(name, tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def replace_by_constants(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None]) -> None:
     """Put initializers of the same names in the place of a node's outputs, and remove the node.
 
@@ -116,9 +120,8 @@ def replace_by_constants(node: ir.Node, tensors: Sequence[ir.TensorProtocol | No
 
 def record_origin(node: ir.Node, *names: str) -> None:
     """Add to the source nodes that a node stands for; its own first origin is itself."""
-    known = node.metadata_props.get(ORIGIN, node.name or "").split(" ")
-    merged = dict.fromkeys(name for name in (*known, *names) if name)
-    node.metadata_props[ORIGIN] = " ".join(merged)
+    merged = dict.fromkeys((*origins_of(node), *(name for name in names if name)))
+    node.metadata_props[ORIGIN] = json.dumps(list(merged), ensure_ascii=False)
 
 
 def values_of(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op
 from qcompiler.ir.editing import constant_value, drop_unused_initializers, fresh_name
-from qcompiler.ir.quantizable import FLOAT_TYPES
+from qcompiler.ir.quantizable import FLOAT_TYPES, row_of
 from qcompiler.ir.weights import WeightStore, read_all
 
 Array = npt.NDArray[Any]
@@ -34,12 +34,16 @@ class LinearOp:
         weight: The initializer at its second input.
         bias: The initializer that is added, or None.
         adder: The Add behind a MatMul that adds the bias, else None.
+        input_axis: The weight's axis of input channels.
+        output_axis: The weight's axis of output channels.
     """
 
     node: ir.Node
     weight: ir.Value
     bias: ir.Value | None
     adder: ir.Node | None
+    input_axis: int
+    output_axis: int
 
     @classmethod
     def of(cls, node: ir.Node) -> "LinearOp":
@@ -62,13 +66,12 @@ class LinearOp:
         if len(weight.uses()) > 1 or weight.is_graph_output():
             message = f"the weight {weight.name} is read elsewhere too, and would be stored twice"
             raise NotFoldableError(message)
+        axes = _axes_of(node, len(tensor.shape))
         if is_op(node, "MatMul"):
-            if len(tensor.shape) != 2:
-                message = "the weight of the MatMul is not a matrix"
-                raise NotFoldableError(message)
-            return cls(node, weight, *_added_bias(node, tensor.shape.numpy()[1]))
+            columns = tensor.shape.numpy()[axes[1]]
+            return cls(node, weight, *_added_bias(node, columns), *axes)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        op = cls(node, weight, bias, None)
+        op = cls(node, weight, bias, None, *axes)
         op.read_bias()
         return op
 
@@ -99,22 +102,12 @@ class LinearOp:
     @property
     def channels_out(self) -> int:
         """Number of output channels."""
-        shape = self.tensor.shape.numpy()
-        if is_op(self.node, "ConvTranspose"):
-            return shape[1] * self.group
-        return shape[0] if is_op(self.node, "Conv") or self._transposed else shape[1]
+        return self._channels(self.output_axis)
 
     @property
     def channels_in(self) -> int:
         """Number of input channels."""
-        shape = self.tensor.shape.numpy()
-        if is_op(self.node, "Conv"):
-            return shape[1] * self.group
-        return shape[1] if self._transposed else shape[0]
-
-    @property
-    def _transposed(self) -> bool:
-        return is_op(self.node, "Gemm") and bool(int_attribute(self.node, "transB", 0))
+        return self._channels(self.input_axis)
 
     def read_bias(self) -> Array:
         """Return the bias as it is added: float64 `[channels_out]`, Gemm's beta applied.
@@ -136,21 +129,11 @@ class LinearOp:
 
     def output_factors(self, scale: Array) -> Array:
         """Shape factors of output channels so that they multiply the weight."""
-        shape = self.tensor.shape.numpy()
-        if is_op(self.node, "ConvTranspose"):
-            rows = np.repeat(scale.reshape(self.group, -1), shape[0] // self.group, axis=0)
-            return rows.reshape(*shape[:2], *(1,) * (len(shape) - 2))
-        axis = 0 if is_op(self.node, "Conv") or self._transposed else 1
-        return scale.reshape([-1 if index == axis else 1 for index in range(len(shape))])
+        return self._factors(scale, self.output_axis)
 
     def input_factors(self, scale: Array) -> Array:
         """Shape factors of input channels so that they multiply the weight."""
-        shape = self.tensor.shape.numpy()
-        if is_op(self.node, "Conv"):
-            rows = np.repeat(scale.reshape(self.group, -1), shape[0] // self.group, axis=0)
-            return rows.reshape(*shape[:2], *(1,) * (len(shape) - 2))
-        axis = 1 if self._transposed else 0
-        return scale.reshape([-1 if index == axis else 1 for index in range(len(shape))])
+        return self._factors(scale, self.input_axis)
 
     def scaled_weight(self, factors: Array) -> Array:
         """Return the weight times `factors`, in its own type.
@@ -174,9 +157,8 @@ class LinearOp:
         position.
         """
         values = read_all(self.tensor).astype(np.float64) * self.input_factors(shift)
-        if is_op(self.node, "Conv"):
-            return np.asarray(values.reshape(len(values), -1).sum(axis=1))
-        total = np.asarray(values.sum(axis=1 if self._transposed else 0))
+        summed = tuple(axis for axis in range(values.ndim) if axis != self.output_axis)
+        total = np.asarray(values.sum(axis=summed))
         return total * self._float_attribute("alpha") if is_op(self.node, "Gemm") else total
 
     def write(
@@ -222,6 +204,19 @@ class LinearOp:
         node.graph.register_initializer(value)
         return added
 
+    def _channels(self, axis: int) -> int:
+        # Axis 1 of a convolution's weight holds the channels of one group (ONNX Conv-11,
+        # ConvTranspose-11); other ops have one group.
+        size = int(self.tensor.shape.numpy()[axis])
+        return size * self.group if axis == 1 else size
+
+    def _factors(self, scale: Array, axis: int) -> Array:
+        shape = self.tensor.shape.numpy()
+        if axis == 1 and self.group > 1:
+            rows = np.repeat(scale.reshape(self.group, -1), shape[0] // self.group, axis=0)
+            return rows.reshape(*shape[:2], *(1,) * (len(shape) - 2))
+        return scale.reshape([-1 if index == axis else 1 for index in range(len(shape))])
+
     @property
     def _bias_is_fixed(self) -> bool:
         """Whether the bias stays when the op lets go of it, and its name with it."""
@@ -265,6 +260,24 @@ def cast_finite(values: Array, dtype: np.dtype[Any]) -> Array:
         message = f"a product is beyond the range of {dtype}"
         raise NotFoldableError(message)
     return result
+
+
+def _axes_of(node: ir.Node, rank: int) -> tuple[int, int]:
+    """Return the axes of input and of output channels of the weight at the second input.
+
+    Raises:
+        NotFoldableError: The weight has a rank that the op has no channels in.
+    """
+    row = row_of(node)
+    assert row is not None
+    axes = next(entry.axes(node, rank) for entry in row.weights if entry.index == 1)
+    if is_op(node, "MatMul") and rank != 2:
+        message = "the weight of the MatMul is not a matrix"
+        raise NotFoldableError(message)
+    if axes is None or axes.output is None:
+        message = f"{node.op_type} has no weights of {rank} axes"
+        raise NotFoldableError(message)
+    return axes.reduction, axes.output
 
 
 def _added_bias(node: ir.Node, columns: int) -> tuple[ir.Value | None, ir.Node | None]:

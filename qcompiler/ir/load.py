@@ -75,7 +75,7 @@ def model_faults(path: Path) -> Iterator[None]:
         message = "the model is nested too deeply, or needs more memory than there is"
         raise ModelError(message, where=str(path)) from error
     except (ir.serde.SerdeError, ValueError, TypeError, NotImplementedError) as error:
-        reason = str(_first_cause(error)).split("\n", maxsplit=1)[0][:200]
+        reason = str(first_cause(error)).split("\n", maxsplit=1)[0][:200]
         message = f"the model cannot be turned into a graph: {reason}"
         raise ModelError(message, where=str(path), hint="run onnx.checker on it") from error
 
@@ -87,6 +87,9 @@ def read_proto(path: Path) -> onnx.ModelProto:
         if path.is_dir():
             message = "is a directory"
             raise UsageError(message, where=where, hint="name the .onnx file inside of it")
+        if path.exists() and not path.is_file():
+            message = "is no regular file"
+            raise UsageError(message, where=where, hint="name an .onnx file")
         size = path.stat().st_size
         if size > _MAX_PROTO_BYTES:
             hint = "save it with external data: onnx.save(model, path, save_as_external_data=True)"
@@ -130,9 +133,12 @@ def _drop_initializers_from_inputs(model: ir.Model) -> None:
         for graph in model.graphs():
             kept = [value for value in graph.inputs if value.name not in graph.initializers]
             graph.inputs[:] = kept
+        # Below version 4 an initializer that is no input is not allowed.
+        model.ir_version = _FIRST_IR_WITH_CONSTANT_INITIALIZERS
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that a chain of `raise ... from ...` began with."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -18,14 +18,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompiler.errors import InternalError, ModelError
-from qcompiler.ir.editing import node_name, value_names
+from qcompiler.ir.dataflow import ONNX_DOMAINS, node_name, standard_opset
+from qcompiler.ir.editing import value_names
 from qcompiler.ir.opset_adapters import ADAPTERS, NEEDS_SHAPES, CannotConvertError, Conversion
 
 REVIEWED_OPSET: Final = 28
 """The newest opset whose changes were read for differences of meaning."""
 _LOWEST_TARGET: Final = 18
 """Adapters write what every opset from here on understands."""
-_STANDARD: Final = ("", "ai.onnx")
 
 
 def convert_opset(model: ir.Model, version: int) -> bool:
@@ -51,28 +51,22 @@ def convert_opset(model: ir.Model, version: int) -> bool:
         message = f"opset {version} is not one to convert to: {_LOWEST_TARGET} to {REVIEWED_OPSET}"
         raise InternalError(message)
     graph = model.graph
-    bodies: list[tuple[ir.Graph | ir.Function, dict[str, int]]] = [(graph, graph.opset_imports)]
-    bodies += [(function, function.opset_imports) for function in model.functions.values()]
-    old = [body for body, imports in bodies if _version(imports, version) < version]
+    bodies: tuple[ir.Graph | ir.Function, ...] = (graph, *model.functions.values())
+    old = [body for body in bodies if 0 < standard_opset(body) < version]
     if any(_wants_shapes(node) for body in old for node in body.all_nodes()):
         ShapeInferencePass()(model)
     taken = value_names(model)
-    for body, imports in bodies:
-        start = _version(imports, version)
-        if start < version:
-            for node in tuple(body.all_nodes()):
-                if node.domain in _STANDARD:
-                    _convert_node(node, start, version, taken)
-            imports.pop("ai.onnx", None)
-            imports[""] = version
-    if not any(domain in graph.opset_imports for domain in _STANDARD):
+    for body in old:
+        start = standard_opset(body)
+        for node in tuple(body.all_nodes()):
+            if node.domain in ONNX_DOMAINS:
+                _convert_node(node, start, version, taken)
+        body.opset_imports.pop("ai.onnx", None)
+        body.opset_imports[""] = version
+    if not standard_opset(graph):
         graph.opset_imports[""] = version
         return True
     return bool(old)
-
-
-def _version(imports: dict[str, int], default: int) -> int:
-    return next((imports[domain] for domain in _STANDARD if domain in imports), default)
 
 
 def _wants_shapes(node: ir.Node) -> bool:
@@ -122,11 +116,6 @@ class OperatorChange:
     outputs: int
     types: tuple[frozenset[str], ...]
 
-    @property
-    def widens(self) -> bool:
-        """Whether every node of the version before means the same in this one, by its schema."""
-        return not (self.deprecated or self.attributes or self.defaults or any(self.types))
-
 
 def _check_unchanged(node: ir.Node, change: OperatorChange) -> None:
     if change.deprecated:
@@ -155,16 +144,11 @@ def change_of(op_type: str, version: int) -> OperatorChange | None:
     return _changes().get((op_type, version))
 
 
-def known_changes() -> tuple[tuple[str, int], ...]:
-    """Return operator and version of every change of ai.onnx, in the installed onnx's order."""
-    return tuple(_changes())
-
-
 @functools.cache
 def _changes() -> dict[tuple[str, int], OperatorChange]:
     schemas: dict[str, list[onnx.defs.OpSchema]] = {}
     for schema in onnx.defs.get_all_schemas_with_history():
-        if schema.domain in _STANDARD:
+        if schema.domain in ONNX_DOMAINS:
             schemas.setdefault(schema.name, []).append(schema)
     changes = {}
     for name, versions in schemas.items():

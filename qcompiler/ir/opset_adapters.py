@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.editing import fresh_name, node_name
+from qcompiler.ir.dataflow import node_name
+from qcompiler.ir.editing import fresh_name
+from qcompiler.ir.weights import read_all
 
 
 class CannotConvertError(Exception):
@@ -233,7 +235,7 @@ def _nearest_mode(scales: ir.Value | None) -> str:
     tensor = ir.convenience.get_const_tensor(scales) if scales is not None else None
     if tensor is None:
         refuse("its scales are computed while it runs, and rounding depends on them")
-    values = tensor.numpy()
+    values = read_all(tensor)
     if (values >= 1).all():
         return "floor"
     if (values <= 1).all():

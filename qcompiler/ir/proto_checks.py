@@ -14,6 +14,7 @@ import onnx.defs
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError
+from qcompiler.ir.dataflow import standard_domain
 from qcompiler.ir.external_files import proto_tensors
 
 MIN_OPSET = 7
@@ -92,7 +93,7 @@ def _check_versions(checker: _Checker, proto: onnx.ModelProto) -> dict[str, int]
 def _opsets(checker: _Checker, imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     opsets: dict[str, int] = {}
     for entry in imports:
-        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        domain = standard_domain(entry.domain)
         if opsets.setdefault(domain, entry.version) != entry.version:
             message = f"domain {_short(domain or 'ai.onnx')} is declared at two opset versions"
             checker.refuse(message)
@@ -272,7 +273,7 @@ def _check_node(checker: _Checker, node: onnx.NodeProto, opsets: dict[str, int])
     _check_text(checker, (*node.input, *node.output, *(a.name for a in node.attribute)))
     if not node.op_type:
         checker.refuse(f"{_title(node)} has no operator type")
-    domain = "" if node.domain == "ai.onnx" else node.domain
+    domain = standard_domain(node.domain)
     if domain not in opsets:
         message = f"{_title(node)} is of the domain {_short(domain or 'ai.onnx')}"
         hint = "declare the domain in opset_import, or export the model again"

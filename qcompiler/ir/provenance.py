@@ -4,9 +4,12 @@ The graph is the only state, so the plan (scheme), its reason and what was measu
 `metadata_props` of nodes (ONNX IR version 10+) and of the model. Everything here is a string.
 """
 
+import json
 from typing import Final
 
 import onnx_ir as ir
+
+from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
 
 PREFIX: Final = "qcompiler."
 
@@ -29,7 +32,7 @@ ELEMENTS: Final = "qcompiler.weight_elements"
 CREATED_BY: Final = "qcompiler.created_by"
 """On a node that a pass made: the pass's name."""
 ORIGIN: Final = "qcompiler.origin"
-"""On a node that replaced others: the names of the source model's nodes, joined by a space."""
+"""On a node that stands for others: the names of the source model's nodes, a JSON list."""
 ORIGIN_OP: Final = "qcompiler.origin_op"
 """On a node that replaced another op: the op type of the source model."""
 STAGE: Final = "qcompiler.stage"
@@ -46,6 +49,32 @@ def annotate(node: ir.Node, **facts: str | float | int) -> None:
         node.metadata_props[PREFIX + key] = (
             f"{value:.3f}" if isinstance(value, float) else str(value)
         )
+
+
+def scheme_of(node: ir.Node) -> QScheme | None:
+    """Return the scheme a node was given; None where it stays in float, or has none yet.
+
+    Raises:
+        UsageError: What is written on it is no scheme.
+    """
+    return parse_scheme(node.metadata_props.get(SCHEME, FLOAT))
+
+
+def origins_of(node: ir.Node) -> tuple[str, ...]:
+    """Return the names of the source model's nodes that a node stands for; else its own name."""
+    text = node.metadata_props.get(ORIGIN)
+    names = json.loads(text) if text is not None else [node.name]
+    return tuple(str(name) for name in names if name)
+
+
+def forget(model: ir.Model) -> None:
+    """Remove what this compiler wrote on a model before, so that no stale claim is believed."""
+    owners: list[ir.Model | ir.Node] = [model, *model.graph.all_nodes()]
+    for function in model.functions.values():
+        owners.extend(function.all_nodes())
+    for owner in owners:
+        for key in [key for key in owner.metadata_props if key.startswith(PREFIX)]:
+            del owner.metadata_props[key]
 
 
 def facts_of(node: ir.Node) -> dict[str, str]:

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, ints_attribute, is_op
+from qcompiler.ir.dataflow import (
+    MICROSOFT,
+    all_nodes,
+    constant_of,
+    int_attribute,
+    ints_attribute,
+    is_op,
+    standard_domain,
+)
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
 from qcompiler.quant.scheme import QScheme
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +157,7 @@ INTEGER_OPS = frozenset(
 
 def row_of(node: ir.Node) -> QuantizableOp | None:
     """Return the table row of a node's op type, None for ops without weights."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    return _ROWS.get((domain, node.op_type))
+    return _ROWS.get((standard_domain(node.domain), node.op_type))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import UsageError
 from qcompiler.ir.atomic_file import AtomicFile
+from qcompiler.ir.dataflow import standard_opset
 from qcompiler.ir.tensor_output import DataFile, content_key, write_model
 from qcompiler.ir.tensor_sites import TensorSite, tensor_sites
 from qcompiler.ir.weights import disk_errors, read_all
@@ -182,9 +183,7 @@ def _refuse_inputs(sites: list[TensorSite], outputs: tuple[Path, Path]) -> None:
 
 def _needed_ir_version(model: ir.Model, sites: list[TensorSite]) -> int:
     versions = [_IR_OF_TYPES.get(site.tensor.dtype, 0) for site in sites]
-    opset = model.opset_imports.get("")
-    if opset is not None:
-        versions += _ir_version_of_opset(opset)
+    versions += _ir_version_of_opset(standard_opset(model))
     bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
     if any(node.metadata_props for body in bodies for node in body.all_nodes()):
         versions.append(_IR_FOR_METADATA)

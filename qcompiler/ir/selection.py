@@ -7,6 +7,7 @@ import onnx_ir as ir
 from qcompiler.errors import UsageError
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.dataflow import all_nodes, inputs_with_captures
+from qcompiler.ir.provenance import origins_of
 from qcompiler.quant.selector import Selector, nearest
 
 
@@ -29,7 +30,7 @@ class SelectionIndex:
         Raises:
             UsageError: `between` names a value that does not exist.
         """
-        if selector.name is not None and not selector.matches_name(node.name or ""):
+        if selector.name is not None and not _is_named(selector, node):
             return False
         if selector.op_type is not None and selector.op_type != node.op_type:
             return False
@@ -54,6 +55,12 @@ class SelectionIndex:
             message = f"the model has no value {name!r}"
             raise UsageError(message, where="recipe: between", hint=f"nearest: {', '.join(close)}")
         return values[name]
+
+
+def _is_named(selector: Selector, node: ir.Node) -> bool:
+    """Whether the pattern fits the node's name or that of a source node it stands for."""
+    names = dict.fromkeys((node.name or "", *origins_of(node)))
+    return any(selector.matches_name(name) for name in names)
 
 
 def _reach_forward(model: ir.Model, start: ir.Value) -> set[ir.Node]:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from qcompiler.ir.dataflow import MICROSOFT
 from qcompiler.ir.editing import drop_unused_initializers, remove_node
 from qcompiler.ir.provenance import ORIGIN_OP, SCHEME, annotate
-
-MICROSOFT = "com.microsoft"
 
 
 def new_node(

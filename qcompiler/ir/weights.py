@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import InternalError, ModelError, UsageError
+from qcompiler.ir.dataflow import all_graphs
 from qcompiler.quant.packing import pack
 from qcompiler.quant.qtype import QType
 
@@ -35,6 +36,14 @@ _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def nbytes_of(shape: Sequence[int], dtype: ir.DataType) -> int:
     """Return the bytes a tensor takes in a file; 4- and 2-bit elements are packed densely."""
     return math.ceil(math.prod(shape) * dtype.bitwidth / 8)
+
+
+def constant_bytes(model: ir.Model) -> int:
+    """Return the bytes of all initializers, bodies included; a shared one counts once."""
+    tensors = [
+        value.const_value for graph in all_graphs(model) for value in graph.initializers.values()
+    ]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def read_all(tensor: ir.TensorProtocol) -> Array:
@@ -99,14 +108,31 @@ def read_slice(
     return data.view(dtype).reshape(*shape[:axis], stop - start, *shape[axis + 1 :])
 
 
-def evict(tensor: ir.TensorProtocol) -> None:
-    """Give back the memory map that `onnx_ir` made for an external tensor, if there is one.
+def reinterpret(
+    tensor: ir.TensorProtocol, dtype: ir.DataType, shape: Sequence[int], name: str
+) -> ir.TensorProtocol:
+    """Return the same bytes as a tensor of another type, shape and name.
 
-    A map that an array still points into stays until that array is gone.
+    External data stays where it is, unread.
+
+    Args:
+        tensor: The tensor.
+        dtype: Element type of the result; of at least 8 bits for a tensor in memory.
+        shape: Shape of the result, which takes as many bytes.
+        name: Name of the result.
     """
     if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):
-            tensor.release()
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            nbytes_of(shape, dtype),
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    values = np.frombuffer(tensor.tobytes(), dtype=_file_dtype(dtype)).reshape(tuple(shape))
+    return ir.Tensor(values, dtype=dtype, name=name)
 
 
 def _file_dtype(dtype: ir.DataType) -> np.dtype[Any]:

@@ -127,6 +127,9 @@ def parse_scheme(text: str) -> QScheme | None:
     if dynamic and (match["weight"] not in "78" or block is not None):
         message = f"{text!r}: dynamic activations need 8- or 7-bit weights per output channel"
         raise UsageError(message, hint="use w8a8-dynamic")
+    if match["weight"] == "7" and not dynamic:
+        message = f"{text!r}: 7-bit weights are for 8-bit activations, which they cannot saturate"
+        raise UsageError(message, hint="use w8a16")
     symmetric = None if match["symmetry"] is None else match["symmetry"] == "sym"
     return QScheme(
         int(match["weight"]),

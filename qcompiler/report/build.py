@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.execution.kernels import Kernel
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.provenance import facts_of
+from qcompiler.ir.provenance import facts_of, origins_of
 from qcompiler.report.records import (
     NodeReport,
     OutputCheck,
@@ -42,7 +42,8 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
         before = int(facts.get("weight_bytes_before", 0))
         found.append(
             NodeReport(
-                name=_source_name(node, facts),
+                name=_source_name(node),
+                origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
                 rule=facts.get("rule", ""),
@@ -51,7 +52,7 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 elements=int(facts.get("weight_elements", 0)),
                 bytes_before=before,
                 bytes_after=int(facts.get("weight_bytes_after", before)),
-                sqnr_db=float(facts["weight_sqnr_db"]) if "weight_sqnr_db" in facts else None,
+                sqnr_db=_finite(float(facts.get("weight_sqnr_db", math.inf))),
                 kernel=kernel.name if kernel else missing,
                 integer_kernel=kernel.integer if kernel else None,
             )
@@ -59,15 +60,19 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
     return tuple(found)
 
 
-def _source_name(node: ir.Node, facts: Mapping[str, str]) -> str:
+def _source_name(node: ir.Node) -> str:
     """Return what the source model called a node; one that absorbed others keeps its own name."""
-    name = node.name or ""
-    origin = facts.get("origin", name)
-    return name if name in origin.split(" ") else origin
+    origins = origins_of(node)
+    return node.name if node.name in origins else next(iter(origins), node.name or "")
 
 
-def float_kernel_warnings(nodes: Iterable[NodeReport]) -> tuple[str, ...]:
-    """Say which ops are stored as integers and computed in float, one sentence a kernel."""
+def _finite(value: float) -> float | None:
+    """Return a number that JSON can hold; None stands for an infinite one."""
+    return value if math.isfinite(value) else None
+
+
+def kernel_warnings(nodes: Sequence[NodeReport]) -> tuple[str, ...]:
+    """Say which quantized ops get no integer kernel, one sentence a kernel."""
     groups: dict[tuple[str, str | None], list[str]] = {}
     for node in nodes:
         if node.quantized and node.integer_kernel is False:
@@ -79,6 +84,10 @@ def float_kernel_warnings(nodes: Iterable[NodeReport]) -> tuple[str, ...]:
             f"{len(names)} ops stored in {scheme} get no integer kernel, only the smaller file: "
             f"{kernel} ({shown})"
         )
+    lost = [node.name for node in nodes if node.quantized and node.kernel == _MERGED]
+    if lost:
+        text = ", ".join(lost[:_NAMES_SHOWN]) + (", ..." if len(lost) > _NAMES_SHOWN else "")
+        found.append(f"{len(lost)} quantized ops were not found in the runtime's graph ({text})")
     return tuple(found)
 
 
@@ -103,9 +112,9 @@ def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:
         OutputCheck(
             record.name,
             record.output,
-            record.max_abs,
-            record.max_rel,
-            round(record.sqnr_db, 2) if math.isfinite(record.sqnr_db) else None,
+            _finite(record.max_abs),
+            _finite(record.max_rel),
+            _finite(round(record.sqnr_db, 2)),
         )
         for record in records
     )

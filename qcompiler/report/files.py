@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from qcompiler.report.records import (
     Summary,
 )
 
-_VERSIONS = ("qcompiler", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_VERSIONS = (
+    "qcompiler",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+)
 
 
 def report_json(report: Report) -> str:
@@ -52,7 +61,10 @@ def _report(content: dict[str, Any]) -> Report:
             "source": FileFacts(**content["source"]),
             "output": FileFacts(**content["output"]),
             "summary": Summary(**content["summary"]),
-            "nodes": tuple(NodeReport(**node) for node in content["nodes"]),
+            "nodes": tuple(
+                NodeReport(**{**node, "origins": tuple(node["origins"])})
+                for node in content["nodes"]
+            ),
             "passes": tuple(
                 PassReport(**{**p, "skips": tuple(SkipReport(**s) for s in p["skips"])})
                 for p in content["passes"]
@@ -63,16 +75,15 @@ def _report(content: dict[str, Any]) -> Report:
     )
 
 
-def manifest_json(report: Report, options: Any) -> str:
+def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
     """Return the manifest: what went in, what came out, and with what.
 
     It holds no time and no path, so that two equal compilations give equal manifests.
 
     Args:
         report: The report of the compilation.
-        options: The frozen dataclass of compile options.
+        settings: What was in force beside the recipe, defaults included: plain JSON values.
     """
-    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     content = {
         "schema": "qcompiler-manifest",
         "schema_version": 1,
@@ -81,15 +92,14 @@ def manifest_json(report: Report, options: Any) -> str:
         "target": report.target,
         "recipe": report.recipe,
         "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
-        "options": {
-            name: str(chosen[name]) for name in ("weight_range", "user_passes", "external_data")
-        },
-        "versions": {name: _version(name) for name in _VERSIONS},
+        "settings": dict(settings),
+        "versions": {name: package_version(name) for name in _VERSIONS},
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,6 +10,7 @@ from qcompiler.ir.blocks import find_blocks
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.load import load_model
 from qcompiler.ir.quantizable import Site, find_sites
+from qcompiler.ir.weights import constant_bytes
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "inputs": [_value(value) for value in model.graph.inputs],
         "outputs": [_value(value) for value in model.graph.outputs],
         "ops": dict(Counter(_op(node) for node in all_nodes(model)).most_common()),
-        "constant_bytes": _constant_bytes(model),
+        "constant_bytes": constant_bytes(model),
         "weight_bytes": sum(weights.values()),
         "sites": [_site(site) for site in sites],
         "not_quantizable": [
@@ -46,16 +47,6 @@ def _value(value: ir.Value) -> str:
 
 def _op(node: ir.Node) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}:{node.op_type}"
-
-
-def _constant_bytes(model: ir.Model) -> int:
-    """Total the initializers; tied ones, which are one value, count once."""
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
 
 
 def _site(site: Site) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class NodeReport:
 
     Attributes:
         name: The node, as the source model calls it.
+        origins: All nodes of the source model that it stands for: itself, merged duplicates,
+            batch norms folded into it.
         op_type: The op, as the source model calls it.
         scheme: Text form, or "float".
         rule: The recipe rule or target row that decided.
@@ -37,12 +39,14 @@ class NodeReport:
         elements: Elements of the weight.
         bytes_before: Bytes of the weight in the source model.
         bytes_after: Bytes of codes, scales and zero points; of the float weight if it stayed.
-        sqnr_db: Signal to quantization noise ratio of the weight, dB; None for float.
+        sqnr_db: Signal to quantization noise ratio of the weight, dB; None for float and for a
+            weight that is represented exactly.
         kernel: What the runtime really runs there; None if that was not looked at.
         integer_kernel: Whether that kernel reads integer weights; None if not looked at.
     """
 
     name: str
+    origins: tuple[str, ...]
     op_type: str
     scheme: str
     rule: str
@@ -98,12 +102,20 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True)
 class OutputCheck:
-    """How a pass changed one output (`--verify numerics`)."""
+    """How a pass changed one output (`--verify numerics`).
+
+    Attributes:
+        name: The pass.
+        output: The model output.
+        max_abs: Largest absolute difference from before the pass; None where it is not finite.
+        max_rel: The same over the largest absolute value before the pass.
+        sqnr_db: Signal to difference ratio, dB; None where nothing changed.
+    """
 
     name: str
     output: str
-    max_abs: float
-    max_rel: float
+    max_abs: float | None
+    max_rel: float | None
     sqnr_db: float | None
 
 

@@ -1,18 +1,25 @@
 """The report for a terminal."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from qcompiler.errors import printable
 from qcompiler.report.records import NodeReport, PassReport, Report
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
+_NAMES_SHOWN = 3
+_PASSES_SHOWN = 3
+
+
+def escape(text: str) -> str:
+    """Return text as it is to be shown: no markup, no control characters."""
+    return escape_markup(printable(text))
 
 
 def size(count: float) -> str:
@@ -36,7 +43,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in _not_quantized(report.nodes):
+    for line in _reasons(report.nodes):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -121,20 +128,34 @@ def _totals(report: Report) -> Iterator[str]:
             f"weights in {report.runtime}"
         )
     yield f"{summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"
+    yield _slowest(report)
 
 
-def _not_quantized(nodes: Sequence[NodeReport]) -> Iterator[str]:
-    """Group the reasons of ops with a weight that stayed in float."""
-    kept = [node for node in nodes if node.weight is not None and not node.quantized]
-    for reason, count in Counter(node.reason for node in kept).most_common():
-        names = [node.name for node in kept if node.reason == reason][:3]
-        more = ", ..." if count > len(names) else ""
-        yield f"left in float: {count} ({', '.join(names)}{more}): {reason}"
+def _reasons(nodes: Sequence[NodeReport]) -> Iterator[str]:
+    """Say why ops got what they got, one line for all that share scheme, rule and reason."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for node in nodes:
+        if node.weight is not None:
+            groups.setdefault((node.scheme, node.rule, node.reason), []).append(node.name)
+    for (scheme, rule, reason), names in groups.items():
+        more = ", ..." if len(names) > _NAMES_SHOWN else ""
+        shown = ", ".join(names[:_NAMES_SHOWN]) + more
+        yield f"{scheme} by {rule}: {len(names)} ({shown}): {reason}"
+
+
+def _slowest(report: Report) -> str:
+    """Return the passes that took longest, with their seconds."""
+    passes = sorted(report.passes, key=lambda record: -record.seconds)[:_PASSES_SHOWN]
+    times = ", ".join(f"{record.name} {record.seconds:.2f} s" for record in passes)
+    return f"of {len(report.passes)} passes the longest: {times}"
 
 
 def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]:
     """Yield all that is known of a node, one line a fact."""
     yield f"{node.name} ({node.op_type})"
+    others = [name for name in node.origins if name != node.name]
+    if others:
+        yield f"  also     {', '.join(others)}"
     yield f"  scheme   {node.scheme}"
     yield f"  rule     {node.rule}"
     yield f"  reason   {node.reason}"

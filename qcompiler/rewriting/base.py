@@ -85,7 +85,7 @@ class Pass(ABC):
     """A rewrite of a whole model, in place.
 
     A concrete pass has a docstring with the parts Before, After and Refuses, takes its options
-    (a frozen dataclass) in `__init__`, and keeps no state between runs.
+    (a frozen dataclass) in `__init__`, keeps them as `options`, and has no state between runs.
 
     Attributes:
         name: Name on the command line and in reports: verb and noun, kebab-case.
@@ -93,7 +93,13 @@ class Pass(ABC):
         produces: The stage a model is at afterwards.
         numerics: What happens to the model's outputs.
         tolerance: For REORDERED passes, the largest allowed `|after - before| / max|before|`
-            over a model output in float32; None for the other kinds.
+            over a model output in float32; None for the other kinds. A model with float16 or
+            bfloat16 inputs, outputs or weights is allowed four times the epsilon of the
+            narrowest of them where that is more: reassociation costs a few roundings in the type
+            that is computed in, and no pass can do better.
+        written_by_user: Whether the code is not ours. ONNX's checker judges what it made at once,
+            so that no later pass is blamed, and its faults are usage errors, not defects.
+        options: What the pass was made with, for reproducers; None where it takes nothing.
     """
 
     name: ClassVar[str]
@@ -101,6 +107,13 @@ class Pass(ABC):
     produces: ClassVar[Stage]
     numerics: ClassVar[Numerics]
     tolerance: ClassVar[float | None] = None
+    written_by_user: ClassVar[bool] = False
+    options: object | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages call the pass."""
+        return f"pass {self.name}"
 
     @abstractmethod
     def run(self, model: ir.Model, context: PassContext) -> PassResult:

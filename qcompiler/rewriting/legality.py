@@ -2,15 +2,33 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_graphs, all_nodes, constant_of, is_op, node_label
-from qcompiler.ir.provenance import REASON, SCHEME
+from qcompiler.ir.dataflow import (
+    all_graphs,
+    all_nodes,
+    constant_of,
+    int_attribute,
+    is_op,
+    node_label,
+    standard_opset,
+)
+from qcompiler.ir.provenance import CREATED_BY, REASON, SCHEME, scheme_of
 from qcompiler.ir.quantizable import find_sites
-from qcompiler.quant.scheme import parse_scheme
+from qcompiler.ir.weights import read_all
+from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor, scale_shape
+from qcompiler.quant.qtype import QType, qtype_of
+from qcompiler.quant.scheme import FLOAT, parse_scheme
 from qcompiler.rewriting.stages import Stage
+
+OPSET_OF: Final = MappingProxyType(
+    {"block_size": 21, "INT4": 21, "UINT4": 21, "INT2": 25, "UINT2": 25}
+)
+"""First opset of QuantizeLinear and DequantizeLinear with an attribute or an element type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +94,7 @@ def _schemes_assigned(model: ir.Model) -> Iterator[tuple[str, str]]:
         facts = site.node.metadata_props
         if SCHEME not in facts:
             yield node_label(site.node), "carries no scheme"
-        elif facts[SCHEME] == "float" and not facts.get(REASON):
+        elif facts[SCHEME] == FLOAT and not facts.get(REASON):
             yield node_label(site.node), "stays in float without a reason"
 
 
@@ -90,14 +108,53 @@ def _schemes_readable(model: ir.Model) -> Iterator[tuple[str, str]]:
             yield node_label(node), f"its scheme {text} leaves symmetric or asymmetric open"
 
 
+def _opset_suffices(model: ir.Model) -> Iterator[tuple[str, str]]:
+    opset = standard_opset(model)
+    for node in _quantizers(model):
+        used = ["block_size"] if int_attribute(node, "block_size", 0) else []
+        values = (*node.inputs, *node.outputs)
+        used += [v.dtype.name for v in values if v is not None and v.dtype is not None]
+        for feature in used:
+            if OPSET_OF.get(feature, 0) > opset:
+                yield node_label(node), f"uses {feature} of opset {OPSET_OF[feature]} at {opset}"
+                break
+
+
 def _scales_positive(model: ir.Model) -> Iterator[tuple[str, str]]:
     for node in _quantizers(model):
         scale = constant_of(node.inputs[1])
         if scale is None:
             continue
-        values = scale.numpy().astype(np.float32)
+        values = read_all(scale).astype(np.float32)
         if not np.all(np.isfinite(values)) or not np.all(values > 0):
             yield node_label(node), "its scale is not positive and finite everywhere"
+
+
+def _scales_shaped(model: ir.Model) -> Iterator[tuple[str, str]]:
+    for node in _quantizers(model):
+        codes, scale = constant_of(node.inputs[0]), constant_of(node.inputs[1])
+        if codes is None or scale is None or not is_op(node, "DequantizeLinear"):
+            continue
+        shape, found = tuple(codes.shape.numpy()), tuple(scale.shape.numpy())
+        granularity = _granularity(node, len(shape), found)
+        try:
+            wanted = scale_shape(shape, granularity)
+        except ValueError as error:
+            yield node_label(node), str(error)
+            continue
+        # One scale for the whole tensor may be a vector of one (DequantizeLinear-13).
+        if found != wanted and (found, wanted) != ((1,), ()):
+            fault = f"its scale has shape {list(found)}, and {granularity} codes of shape "
+            yield node_label(node), f"{fault}{list(shape)} need {list(wanted)}"
+
+
+def _granularity(node: ir.Node, rank: int, scale: tuple[int, ...]) -> Granularity:
+    """Return how a DequantizeLinear of codes of `rank` shares a scale of shape `scale`."""
+    axis, block_size = int_attribute(node, "axis", 1), int_attribute(node, "block_size", 0)
+    axis = axis + rank if axis < 0 else axis
+    if block_size:
+        return PerBlock(axis, block_size)
+    return PerTensor() if scale in ((), (1,)) else PerAxis(axis)
 
 
 def _zero_points_fit(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -115,6 +172,37 @@ def _zero_points_fit(model: ir.Model) -> Iterator[tuple[str, str]]:
             yield node_label(node), "its zero point and its scale differ in shape"
 
 
+def _zero_points_in_range(model: ir.Model) -> Iterator[tuple[str, str]]:
+    for node in _quantizers(model):
+        tensor = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+        qtype = _planned_type(node)
+        if tensor is None or qtype is None:
+            continue
+        values = read_all(tensor).astype(np.int32)
+        if np.any(values < qtype.qmin) or np.any(values > qtype.qmax):
+            limits = f"{qtype.qmin} to {qtype.qmax}"
+            yield node_label(node), f"a zero point lies outside {qtype} ({limits})"
+
+
+def _planned_type(node: ir.Node) -> QType | None:
+    """Return the type of the codes that a reader's scheme asks for; None where nobody says.
+
+    Only of a DequantizeLinear that this compiler made: one of the source model may stand before
+    the data input of an op that has a scheme for its weight.
+    """
+    if CREATED_BY not in node.metadata_props or not is_op(node, "DequantizeLinear"):
+        return None
+    readers = [use.node for use in node.outputs[0].uses()]
+    while readers:
+        reader = readers.pop(0)
+        if is_op(reader, "Transpose"):
+            readers += [use.node for use in reader.outputs[0].uses()]
+        scheme = scheme_of(reader)
+        if scheme is not None and scheme.symmetric is not None:
+            return qtype_of(scheme.weight_bits, signed=scheme.symmetric)
+    return None
+
+
 def _weights_are_integers(model: ir.Model) -> Iterator[tuple[str, str]]:
     for node in all_nodes(model):
         if is_op(node, "QuantizeLinear") and constant_of(node.inputs[0]) is not None:
@@ -123,7 +211,7 @@ def _weights_are_integers(model: ir.Model) -> Iterator[tuple[str, str]]:
 
 def _no_float_site_with_scheme(model: ir.Model) -> Iterator[tuple[str, str]]:
     for site in find_sites(model)[0]:
-        if site.node.metadata_props.get(SCHEME, "float") != "float":
+        if scheme_of(site.node) is not None:
             yield node_label(site.node), "has a scheme, and a weight still in float"
 
 
@@ -141,16 +229,22 @@ LEGALITY: dict[Stage, tuple[LegalityRule, ...]] = {
         LegalityRule("unique-names", "every node has its own name", _unique_node_names),
         LegalityRule("initializers", "every initializer has a value", _initializers_have_values),
     ),
+    # Equalizing changes values of weights and no structure, so canonical form is all there is to
+    # check; that outputs stay equal is what `--verify numerics` measures.
     Stage.EQUALIZED: (),
     Stage.ASSIGNED: (
         LegalityRule("schemes-readable", "schemes are fully decided", _schemes_readable),
     ),
     Stage.QDQ: (
+        LegalityRule("qdq-opset", "the opset has what Q/DQ nodes use", _opset_suffices),
         LegalityRule("positive-scales", "scales are positive and finite", _scales_positive),
+        LegalityRule("scale-shapes", "scales have the shape of their granularity", _scales_shaped),
         LegalityRule("zero-points", "zero points match codes and scales", _zero_points_fit),
+        LegalityRule("zero-point-range", "zero points are codes", _zero_points_in_range),
         LegalityRule("integer-weights", "weights are stored as codes", _weights_are_integers),
         LegalityRule("schemes-applied", "no planned site is float", _no_float_site_with_scheme),
     ),
+    # What a target's own form may hold is its table's business: pass verify-target reads it.
     Stage.LOWERED: (),
 }
 """Rules a stage adds; a stage also keeps all rules of the stages before it."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from qcompiler.errors import InternalError, QCompilerError, UsageError
+from qcompiler.errors import InternalError, ParityError, QCompilerError, UsageError
 from qcompiler.ir.provenance import STAGE
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
@@ -36,7 +36,11 @@ class PassRecord:
 
 
 class PassHook(Protocol):
-    """Something that wants to see every intermediate model."""
+    """Something that wants to see every intermediate model.
+
+    A hook that raises in `after_pass` fails the pass, so other hooks may still get `on_failure`
+    for a pass they have seen the end of.
+    """
 
     def before_pass(self, model: ir.Model, rewrite: Pass) -> None:
         """Look at the model a pass is about to change."""
@@ -81,7 +85,8 @@ class PassManager:
         """Run `passes` over `model` in place.
 
         Raises:
-            UsageError: A pass needs a stage the model has not reached.
+            UsageError: A pass needs a stage the model has not reached, or a user's pass failed.
+            ParityError: A hook found that a pass changes what it must not.
             InternalError: A pass broke the model, or failed in a way it did not declare.
             QCompilerError: Whatever a pass refuses the model with.
         """
@@ -99,7 +104,7 @@ class PassManager:
             message = f"needs a model at stage {rewrite.consumes}, and this one is at {reached}"
             raise UsageError(
                 message,
-                where=f"pass {rewrite.name}",
+                where=rewrite.label,
                 hint="run the passes that lead there first; `qcompile --list passes` shows them",
             )
         for hook in self._hooks:
@@ -110,9 +115,9 @@ class PassManager:
             seconds = time.perf_counter() - started
             stage = max(reached, rewrite.produces, key=lambda member: member.rank)
             model.metadata_props[STAGE] = stage
-            verify(model, stage, signature, after=rewrite.name)
-            if stage is not reached:
-                check_standard(model, after=rewrite.name)
+            verify(model, stage, signature, after=rewrite.label)
+            if (stage is not reached and stage is not Stage.ASSIGNED) or rewrite.written_by_user:
+                check_standard(model, after=rewrite.label)
             for hook in self._hooks:
                 hook.after_pass(model, rewrite, result)
         except Exception as error:
@@ -123,11 +128,28 @@ class PassManager:
 
     def _explained(self, rewrite: Pass, error: Exception) -> QCompilerError:
         """Turn a failure into one of ours; defects come with a reproducer."""
-        if isinstance(error, QCompilerError) and not isinstance(error, InternalError):
+        if isinstance(error, QCompilerError) and not isinstance(error, InternalError | ParityError):
             return error
+        if rewrite.written_by_user:
+            return _users_fault(rewrite, error)
         hints = [hook.on_failure(rewrite, error) for hook in self._hooks]
-        hint = "; ".join(text for text in hints if text) or "please report this"
-        if isinstance(error, QCompilerError):
+        hint = "; ".join(text for text in hints if text)
+        if isinstance(error, ParityError):
+            kept = "; ".join(text for text in (error.hint, hint) if text)
+            return ParityError(error.message, where=error.where, hint=kept or None)
+        hint = hint or "please report this"
+        if isinstance(error, InternalError):
             return InternalError(error.message, where=error.where, hint=hint)
         message = f"failed with {type(error).__name__}: {error}"
-        return InternalError(message, where=f"pass {rewrite.name}", hint=hint)
+        return InternalError(message, where=rewrite.label, hint=hint)
+
+
+def _users_fault(rewrite: Pass, error: Exception) -> QCompilerError:
+    """Return the error for a user's pass; the command that was run is its reproducer."""
+    if isinstance(error, ParityError):
+        return error
+    hint = "--dump-ir keeps the model before it"
+    if isinstance(error, InternalError):
+        return UsageError(error.message, where=error.where, hint=hint)
+    message = f"made a model that cannot be checked: {type(error).__name__}: {error}"
+    return UsageError(message, where=rewrite.label, hint=hint)

@@ -1,6 +1,7 @@
 """Passes written by users, on this compiler's IR or on GraphSurgeon's."""
 
 import importlib
+import inspect
 import sys
 import typing
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from qcompiler.errors import UsageError
+from qcompiler.errors import QCompilerError, UsageError
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -35,18 +36,37 @@ class RunUserPass(Pass):
     consumes: ClassVar[Stage] = Stage.CANONICAL
     produces: ClassVar[Stage] = Stage.CANONICAL
     numerics: ClassVar[Numerics] = Numerics.LOSSY
+    written_by_user: ClassVar[bool] = True
+    options: str
 
     def __init__(self, reference: str) -> None:
         self.options = reference
         self._function = _find(reference)
-        self._surgeon = _takes_graphsurgeon(self._function, reference)
+        self._surgeon = _takes_graphsurgeon(self._function, self.label)
+
+    @property
+    def label(self) -> str:
+        """What messages call the pass: the option that asked for it."""
+        return f"--user-pass {self.options}"
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
-        """Call the function and put what it made in place of `model`'s graph."""
-        if self._surgeon:
-            made = _through_graphsurgeon(self._function, model)
-        else:
-            made = self._function(model)
+        """Call the function and put what it made in place of `model`'s graph.
+
+        Raises:
+            UsageError: The function raised, made a graph that cannot be read back, or cannot be
+                given the model.
+        """
+        try:
+            if self._surgeon:
+                made = _through_graphsurgeon(self._function, model)
+            else:
+                made = self._function(model)
+        except QCompilerError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            message = f"failed with {type(error).__name__}: {error}"
+            hint = "--traceback shows where in the function"
+            raise UsageError(message, where=self.label, hint=hint) from error
         if isinstance(made, ir.Model) and made is not model:
             model.graph = made.graph
             model.functions.clear()
@@ -62,9 +82,9 @@ def _find(reference: str) -> Callable[[Any], Any]:
     with _importable_from(Path.cwd()):
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
-            message = f"cannot import {module_name}: {error}"
-            raise UsageError(message, where="--user-pass") from error
+        except Exception as error:  # importing runs the user's code
+            message = f"cannot import {module_name}: {type(error).__name__}: {error}"
+            raise UsageError(message, where=f"--user-pass {reference}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -82,23 +102,31 @@ def _importable_from(folder: Path) -> typing.Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _takes_graphsurgeon(function: Callable[[Any], Any], reference: str) -> bool:
+def _takes_graphsurgeon(function: Callable[[Any], Any], where: str) -> bool:
     """Whether the first parameter is annotated as a GraphSurgeon graph."""
-    code = getattr(function, "__code__", None)
-    parameters = code.co_varnames[: code.co_argcount] if code is not None else ()
-    annotations = getattr(function, "__annotations__", {})
-    annotation = annotations.get(parameters[0]) if parameters else None
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__module__", "")
-    name = getattr(annotation, "__name__", text)
-    if annotation is ir.Model or name.endswith("Model"):
+    annotation = _first_annotation(function, where)
+    if annotation is ir.Model:
         return False
-    if "graphsurgeon" in text or text in ("gs.Graph",):
+    # By name, as GraphSurgeon may not be installed where no pass needs it.
+    place = str(getattr(annotation, "__module__", "")).partition(".")[0]
+    if (place, getattr(annotation, "__name__", "")) == ("onnx_graphsurgeon", "Graph"):
         return True
+    found = "without annotation" if annotation is inspect.Parameter.empty else f"{annotation!r}"
     message = (
         "its first parameter must be annotated as onnx_ir.Model or onnx_graphsurgeon.Graph, "
-        f"and it is annotated as {annotation!r}"
+        f"and it is {found}"
     )
-    raise UsageError(message, where=f"--user-pass {reference}")
+    raise UsageError(message, where=where)
+
+
+def _first_annotation(function: Callable[[Any], Any], where: str) -> Any:
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except Exception as error:  # annotations are code, which may raise anything
+        message = f"its annotations cannot be read: {type(error).__name__}: {error}"
+        hint = "import what they name outside `if TYPE_CHECKING`"
+        raise UsageError(message, where=where, hint=hint) from error
+    return next((parameter.annotation for parameter in parameters), inspect.Parameter.empty)
 
 
 def _through_graphsurgeon(function: Callable[[Any], Any], model: ir.Model) -> ir.Model:

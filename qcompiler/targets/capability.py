@@ -1,15 +1,14 @@
-"""What a runtime can run, as data, and the one function that reads it.
+"""What a runtime can run, as data, and the functions that read it.
 
 A target is a frozen table. No code anywhere asks which target it is working for: it hands a
 request to `resolve`, which finds the first row that fits and says why, or why none does.
 """
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 from qcompiler.quant.qtype import QType
 from qcompiler.quant.scheme import QScheme
-from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
+from qcompiler.targets.rows import LoweredOp, OpType, Refusal, Row, Substitute, WeightUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +69,12 @@ class Resolution:
         scheme: The scheme with block size and symmetry decided, None for float.
         rule: Short name of the table row or refusal that decided.
         reason: Why, one sentence.
-        kernel: What the runtime is expected to run.
-        opset: The ONNX opset the quantized form needs; 0 for float.
         weight_type: The integer type of the codes where it is narrower than the scheme's own.
     """
 
     scheme: QScheme | None
     rule: str
     reason: str
-    kernel: str
-    opset: int
     weight_type: QType | None = None
 
 
@@ -98,6 +93,8 @@ class Target:
         rows: What it can run, the best first.
         refusals: What it cannot.
         substitutes: What to try instead.
+        lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
+        lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
     """
 
     name: str
@@ -110,20 +107,8 @@ class Target:
     rows: tuple[Row, ...]
     refusals: tuple[Refusal, ...]
     substitutes: tuple[Substitute, ...]
-
-    def opset_for(self, scheme: QScheme, float_type: str = "FLOAT16") -> int:
-        """Return the ONNX opset that a scheme's Q/DQ form needs, at least the target's lowest."""
-        return max(self.opset_min, _opset(scheme, float_type))
-
-
-BLOCKED_OPSET: Final = 21
-"""DequantizeLinear-21 added blocks and 4-bit types (ONNX operator changelog)."""
-INT2_OPSET: Final = 25
-"""DequantizeLinear-25 added 2-bit types."""
-HALF_SCALE_OPSET: Final = 19
-"""DequantizeLinear-19 added 16-bit float scales."""
-PER_AXIS_OPSET: Final = 13
-"""DequantizeLinear-13 added the axis attribute."""
+    lowering: tuple[str, ...]
+    lowered_ops: tuple[LoweredOp, ...]
 
 
 def resolve(target: Target, request: SchemeRequest) -> Resolution:
@@ -195,7 +180,7 @@ def _refusal_for(target: Target, request: SchemeRequest) -> Refusal | None:
 
 
 def _float(rule: str, reason: str) -> Resolution:
-    return Resolution(None, rule, reason, "float", 0)
+    return Resolution(None, rule, reason)
 
 
 def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
@@ -217,8 +202,6 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
         scheme,
         row.rule,
         "; ".join([f"runs as {row.kernel}", *notes]),
-        row.kernel,
-        _opset(scheme, request.float_type),
         row.weight_type,
     )
 
@@ -282,11 +265,3 @@ def _symmetry(row: Row, request: SchemeRequest) -> tuple[bool, str]:
         return row.symmetric[0] if asked is None else asked, ""
     with_or_without = "without" if row.symmetric[0] else "with"
     return row.symmetric[0], f"{with_or_without} a zero point, the only form of {row.kernel}"
-
-
-def _opset(scheme: QScheme, float_type: str) -> int:
-    if scheme.weight_bits == 2:
-        return INT2_OPSET
-    if scheme.weight_bits < 8 or scheme.block_size is not None or float_type == "BFLOAT16":
-        return BLOCKED_OPSET
-    return PER_AXIS_OPSET if float_type == "FLOAT" else HALF_SCALE_OPSET

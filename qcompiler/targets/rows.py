@@ -100,3 +100,31 @@ class Substitute:
     activations: Activations
     instead_bits: int
     instead_activations: Activations
+
+
+@dataclass(frozen=True, slots=True)
+class LegalAttribute:
+    """Which values of an integer attribute have a kernel; without it, the operator's default.
+
+    Attributes:
+        name: Name of the attribute.
+        values: Its legal values.
+    """
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredOp:
+    """One form of an op that a lowered graph may hold.
+
+    Attributes:
+        op: Domain and name.
+        inputs: ONNX names of the legal element types by position; inputs beyond are free.
+        attributes: Integer attributes with a limited range.
+    """
+
+    op: OpType
+    inputs: tuple[tuple[str, ...], ...] = ()
+    attributes: tuple[LegalAttribute, ...] = ()

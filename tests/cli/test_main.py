@@ -290,7 +290,7 @@ def test_an_interrupted_run_leaves_nothing(which: signal.Signals, tmp_path: Path
     os.kill(process.pid, which)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "interrupted: nothing was written" in err
+    assert "interrupted: no model was written" in err
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -46,6 +46,28 @@ def test_equal_infinities_agree() -> None:
     assert one(masked, masked) == (0.0, 0.0, np.inf)
 
 
+def test_nan_at_the_same_place_agrees() -> None:
+    masked = np.array([np.nan, -2.0, 4.0], np.float32)
+    assert one(masked, masked) == (0.0, 0.0, np.inf)
+    moved = np.array([1.0, np.nan, 4.0], np.float32)
+    assert one(masked, moved) == (np.inf, np.inf, -np.inf)
+    max_abs, max_rel, _ = one(masked, masked + np.float32(1))
+    assert (max_abs, max_rel) == (1.0, 0.25)
+
+
+def test_infinities_of_other_sign_differ() -> None:
+    masked = np.array([1.0, -np.inf, 4.0], np.float32)
+    assert one(masked, np.abs(masked))[0] == np.inf
+
+
+def test_values_that_are_finite_no_more_are_counted() -> None:
+    before = np.array([1.0, np.nan, np.inf, 4.0], np.float32)
+    after = np.array([np.nan, 1.0, np.inf, np.inf], np.float32)
+    (worse,) = compare_outputs({"y": before}, {"y": after})
+    (better,) = compare_outputs({"y": before}, {"y": np.nan_to_num(before)})
+    assert (worse.spoiled, better.spoiled) == (2, 0)
+
+
 def test_integers_half_floats_and_strings() -> None:
     assert one(np.array([300], np.int32), np.array([299], np.int32))[0] == 1.0
     assert one(A.astype(np.float16), A)[0] == 0.0

@@ -7,7 +7,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.ir.byte_codes import coded_matrix, shared_bytes, tensor_of, transposed_bytes
+from qcompiler.ir.byte_codes import (
+    coded_matrix,
+    shared_bytes,
+    tensor_of,
+    transposed_block,
+    transposed_bytes,
+)
 from qcompiler.ir.weights import WeightStore
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor
 from qcompiler.quant.packing import unpack
@@ -70,6 +76,31 @@ def test_transposed_bytes_hold_the_transposed_weight(
     made = transposed_bytes(matrix, 32, WeightStore(tmp_path))
     found = decoded(made.codes, made.scale, made.zero_point, bits)
     np.testing.assert_allclose(found[:, :reduction], weight.values().T, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "bits", "signed", "block"),
+    [
+        (257, 8, True, 32),  # 324 bytes a row; blocks of 16 take 340, of 256 520
+        (1024, 8, True, 256),
+        (100, 8, True, 128),
+        (17, 8, True, 32),  # 36 bytes; blocks of 16 take 40
+        (257, 4, False, 64),  # 183 bytes; blocks of 32 take 185, of 128 206
+    ],
+)
+def test_block_of_a_channel_with_the_least_bytes(
+    reduction: int, bits: int, signed: bool, block: int, tmp_path: Path
+) -> None:
+    weight = coded_weight((reduction, 4), PerAxis(1), bits=bits, signed=signed)
+    matrix = coded_matrix(dequantize(weight, bits))
+    assert matrix is not None
+    assert transposed_block(matrix, 256) == block
+    sizes = {}
+    for size in (16, 32, 64, 128, 256):
+        made = transposed_bytes(matrix, size, WeightStore(tmp_path))
+        values = [made.codes, made.scale, *([made.zero_point] if made.zero_point else [])]
+        sizes[size] = sum(tensor_of(value).nbytes for value in values)
+    assert sizes[block] == min(sizes.values())
 
 
 def test_are_made_once(tmp_path: Path) -> None:

@@ -1,6 +1,15 @@
 """Questions about producers, consumers and captured values."""
 
-from qcompiler.ir.dataflow import all_nodes, captured_values, constant_of, node_label
+import pytest
+
+from qcompiler.ir.dataflow import (
+    all_nodes,
+    captured_values,
+    constant_of,
+    node_label,
+    standard_domain,
+    standard_opset,
+)
 from tests.support.graphs import build, node_named, random_array
 
 _NESTED = """g (bool c, float[N] x, float[N] z) => (float[N] y) {
@@ -53,3 +62,14 @@ def test_an_input_with_a_default_is_not_constant() -> None:
 def test_a_node_without_a_name_is_called_by_what_it_computes() -> None:
     model = build("g (float[1] x) => (float[1] y) { y = Relu(x) }")
     assert node_label(model.graph[0]) == "unnamed Relu that computes y"
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_the_standard_opset_has_two_names(domain: str) -> None:
+    model = build("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    model.opset_imports.clear()
+    assert standard_opset(model) == 0
+    model.opset_imports.update({"com.microsoft": 1, domain: 21})
+    assert standard_opset(model) == standard_opset(model.graph) == 21
+    assert standard_domain(domain) == ""
+    assert standard_domain("com.microsoft") == "com.microsoft"

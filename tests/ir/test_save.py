@@ -347,3 +347,10 @@ def test_the_output_has_the_rights_of_an_ordinary_file(tmp_path: Path) -> None:
     assert saved.data_path is not None
     expected = (tmp_path / "ordinary").stat().st_mode
     assert saved.path.stat().st_mode == saved.data_path.stat().st_mode == expected
+
+
+def test_the_ir_version_follows_the_opset_under_its_other_name(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["ai.onnx": 21]> g (float[2] x) => (y) { y = Relu(x) }'
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    save_model(model, tmp_path / "m.onnx", progress=SilentProgress())
+    assert model.ir_version == 10

@@ -16,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.errors import InternalError, ModelError, UsageError
-from qcompiler.ir.weights import WeightStore, evict, nbytes_of, read_all, read_slice
+from qcompiler.ir.weights import (
+    WeightStore,
+    constant_bytes,
+    nbytes_of,
+    read_all,
+    read_slice,
+    reinterpret,
+)
 from qcompiler.quant.qtype import INT3, INT8, UINT2
+from tests.support.graphs import build
 
 Array = npt.NDArray[Any]
 
@@ -73,17 +81,6 @@ def test_reading_a_file_maps_nothing(tmp_path: Path) -> None:
     read_slice(tensor, 1, 3, 5)
     read_all(tensor)
     assert tensor.raw is None
-
-
-def test_evict_gives_a_map_back(tmp_path: Path) -> None:
-    tensor = _external(tmp_path, _values((64, 64), ir.DataType.FLOAT), ir.DataType.FLOAT)
-    kept = tensor.numpy()
-    evict(tensor)
-    assert kept[0, 0] >= 0
-    del kept
-    evict(tensor)
-    assert tensor.raw is None
-    evict(ir.tensor([1.0]))
 
 
 @pytest.mark.parametrize("bounds", [(2, 0, 1), (0, -1, 2), (0, 2, 1), (1, 0, 6)])
@@ -262,3 +259,26 @@ def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with WeightStore(tmp_path / "no", 1) as store, pytest.raises(UsageError, match="No such file"):
         store.put("w", np.zeros(8, np.float32), ir.DataType.FLOAT)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_bytes_read_as_another_type_and_shape(outside: bool, tmp_path: Path) -> None:
+    values = _values((4, 6), ir.DataType.FLOAT)
+    tensor: ir.TensorProtocol = ir.tensor(values)
+    if outside:
+        tensor = _external(tmp_path, values, ir.DataType.FLOAT)
+    found = reinterpret(tensor, ir.DataType.UINT16, (6, 8), "other")
+    assert (found.name, found.dtype, found.nbytes) == ("other", ir.DataType.UINT16, 96)
+    assert isinstance(found, ir.ExternalTensor) == outside
+    np.testing.assert_array_equal(read_all(found), values.view(np.uint16).reshape(6, 8))
+
+
+def test_constants_of_bodies_are_counted_too() -> None:
+    text = """g (bool c, float[2] x) => (float[2] y) {
+        y = If(c) <
+            then_branch = t () => (float[2] p) { p = Mul(x, w) },
+            else_branch = e () => (float[2] q) { q = Add(x, w) }
+        >
+    }"""
+    model = build(text, {"w": np.zeros(2, np.float32), "t/u": np.zeros(3, np.float16)})
+    assert constant_bytes(model) == 2 * 4 + 3 * 2

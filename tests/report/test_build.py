@@ -7,7 +7,7 @@ import pytest
 from qcompiler.errors import UsageError
 from qcompiler.execution.kernels import Kernel
 from qcompiler.ir.provenance import annotate
-from qcompiler.report.build import float_kernel_warnings, node_reports, summarize
+from qcompiler.report.build import kernel_warnings, node_reports, summarize
 from qcompiler.report.files import read_report
 from qcompiler.report.records import NodeReport
 from tests.support.graphs import build, node_named, random_array
@@ -16,6 +16,7 @@ from tests.support.graphs import build, node_named, random_array
 def _node(name: str, scheme: str, weight: str, before: int, after: int) -> NodeReport:
     return NodeReport(
         name,
+        (name,),
         "MatMul",
         scheme,
         "rule",
@@ -62,19 +63,22 @@ def test_a_node_that_stands_for_others_is_called_as_in_the_source() -> None:
         "g (float[N, 4] x) => (float[N, 4] y) { [made] y = MatMul(x, w) }",
         {"w": random_array(4, 4)},
     )
-    annotate(node_named(model, "made"), scheme="float", origin="gemm")
+    annotate(node_named(model, "made"), scheme="float", origin='["gemm"]')
     assert node_reports(model, None)[0].name == "gemm"
-    annotate(node_named(model, "made"), origin="made batch_norm")
-    assert node_reports(model, None)[0].name == "made"
+    annotate(node_named(model, "made"), origin='["made", "batch norm"]')
+    (seen,) = node_reports(model, None)
+    assert (seen.name, seen.origins) == ("made", ("made", "batch norm"))
 
 
 def test_float_kernels_are_one_warning_a_kernel() -> None:
     def quantized(name: str, kernel: str, integer: bool) -> NodeReport:
-        return NodeReport(name, "Conv", "w8a16:sym", "", "", name, 1, 4, 1, 1.0, kernel, integer)
+        return NodeReport(
+            name, (name,), "Conv", "w8a16:sym", "", "", name, 1, 4, 1, 1.0, kernel, integer
+        )
 
     nodes = [quantized(f"conv{i}", "float Conv", False) for i in range(6)]
     nodes.append(quantized("mm", "MatMulNBits (8-bit)", True))
-    (warning,) = float_kernel_warnings(nodes)
+    (warning,) = kernel_warnings(nodes)
     assert warning.startswith("6 ops stored in w8a16:sym get no integer kernel")
     assert "conv3, ..." in warning
     assert "mm" not in warning

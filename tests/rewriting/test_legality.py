@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.ir.provenance import SCHEME
+from qcompiler.ir.provenance import CREATED_BY, SCHEME
 from qcompiler.rewriting.legality import violations
 from qcompiler.rewriting.stages import Stage
 from tests.support.graphs import build, random_array
@@ -42,6 +42,63 @@ def test_zero_points_match_codes_and_scales() -> None:
     assert _rules(_dq(np.full(3, 0.1, np.float32), np.zeros(2, np.int8)), Stage.QDQ) == [
         "zero-points"
     ]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape", "rules"),
+    [
+        ("axis=1", (3,), []),
+        ("axis=-1", (3,), []),
+        ("axis=0", (4,), []),
+        ("axis=0", (3,), ["scale-shapes"]),
+        ("axis=0", (1,), []),
+        ("axis=0", (), []),
+        ("axis=7", (), []),
+        ("axis=7", (3,), ["scale-shapes"]),
+        ("axis=0, block_size=2", (2, 3), []),
+        ("axis=0, block_size=3", (2, 3), []),
+        ("axis=1, block_size=2", (4, 2), []),
+        ("axis=1, block_size=2", (2, 3), ["scale-shapes"]),
+        ("axis=0, block_size=2", (3,), ["scale-shapes"]),
+    ],
+)
+def test_scales_have_the_shape_of_their_granularity(
+    attributes: str, shape: tuple[int, ...], rules: list[str]
+) -> None:
+    text = _DQ.replace("axis=1", attributes).replace("q, s, z", "q, s")
+    weights = {"q": np.ones((4, 3), np.int8), "s": np.full(shape, 0.1, np.float32)}
+    assert _rules(build(text, weights), Stage.QDQ) == rules
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attributes", "lowest"),
+    [
+        (ir.DataType.INT8, "axis=1", 0),
+        (ir.DataType.INT8, "axis=0, block_size=4", 21),
+        (ir.DataType.UINT4, "axis=1", 21),
+        (ir.DataType.INT2, "axis=1", 25),
+    ],
+)
+def test_the_opset_has_what_quantizers_use(
+    dtype: ir.DataType, attributes: str, lowest: int
+) -> None:
+    text = _DQ.replace("axis=1", attributes).replace("q, s, z", "q, s")
+    scale = np.full((1, 3) if "block" in attributes else 3, 0.1, np.float32)
+    codes = ir.tensor(np.ones((4, 3), dtype.numpy()), dtype=dtype)
+    for opset in (20, 21, 24, 25):
+        model = build(text, {"q": codes, "s": scale}, opset=opset)
+        assert _rules(model, Stage.QDQ) == (["qdq-opset"] if opset < lowest else [])
+
+
+@pytest.mark.parametrize("scheme", ["w8a16:asym", "w3a16:asym"])
+def test_zero_points_are_codes_of_the_scheme(scheme: str) -> None:
+    model = _dq(np.full(3, 0.1, np.float32), np.array([0, 7, 8], np.uint8))
+    model.graph.initializers["q"].const_value = ir.tensor(np.ones((4, 3), np.uint8), name="q")
+    model.graph.initializers["q"].dtype = ir.DataType.UINT8
+    model.graph.node("mm").metadata_props[SCHEME] = scheme
+    assert _rules(model, Stage.QDQ) == []  # a DequantizeLinear of the source model
+    model.graph.node("dq").metadata_props[CREATED_BY] = "insert-qdq"
+    assert _rules(model, Stage.QDQ) == (["zero-point-range"] if "w3" in scheme else [])
 
 
 def test_weights_are_stored_as_codes() -> None:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompiler.quant.qtype import INT7
-from qcompiler.quant.scheme import QScheme, parse_scheme
-from qcompiler.targets.capability import Resolution, SchemeRequest, resolve
+from qcompiler.quant.scheme import SCHEME_FORMS, QScheme, parse_scheme
+from qcompiler.targets.capability import Resolution, SchemeRequest, Target, resolve
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
+from qcompiler.targets.registry import TARGETS
 from qcompiler.targets.rows import WeightUse
 
 BASE = SchemeRequest("MatMul", "", QScheme(8), "FLOAT", 1024, 512, 2)
@@ -31,6 +32,7 @@ def scheme_text(resolution: Resolution) -> str:
         ("w8a16", {}, "w8a16:sym", "matmul-nbits-8", "MatMulNBits (8-bit)"),
         ("w8a16:asym", {}, "w8a16:asym", "matmul-nbits-8", "MatMulNBits (8-bit)"),
         ("w4a16:b128", {}, "w4a16:b128:asym", "matmul-nbits-4", "MatMulNBits (4-bit)"),
+        ("w4a16:b128", {}, "w4a16:b128:asym", "matmul-nbits-4", "rounds activations to 8 bits"),
         ("w3a16:b128", {}, "w3a16:b128:asym", "matmul-nbits-4", "MatMulNBits (4-bit)"),
         ("w4a16:b128", {"reduction": 576}, "w4a16:b128:asym", "matmul-nbits-4", ""),
         ("w4a16:b128", {"reduction": 64}, "w4a16:asym", "matmul-nbits-4", "covers all 64"),
@@ -66,6 +68,8 @@ def scheme_text(resolution: Resolution) -> str:
         ("w4a16:b32", {"float_type": "BFLOAT16"}, "", "bfloat16-no-cpu-kernel", "no bfloat16"),
         ("w8a16", {"outputs": 1, "reduction": 100}, "float", "small-weight", "100 elements"),
         ("w8a8-dynamic", {}, "w8a8-dynamic:sym", "dynamic-quantize-matmul", "7-bit"),
+        ("w7a8-dynamic", {}, "w7a8-dynamic:sym", "dynamic-quantize-matmul", "7-bit"),
+        ("w7a8-dynamic", {"left": True}, "w8a16:sym", "", "instead of w7a8-dynamic"),
         ("w8a8-dynamic", {"float_type": "FLOAT16"}, "w8a16:sym", "", "instead of w8a8-dynamic"),
         ("w8a8-dynamic:asym", {}, "w8a8-dynamic:sym", "", "without a zero point"),
         ("w8a16", {"op_type": "Einsum"}, "float", "no-kernel", "no w8a16 kernel for Einsum"),
@@ -95,6 +99,7 @@ def test_matrix_products(
         ("Conv", 4, "w4a16:b32", "float", "no convolution kernel"),
         ("ConvTranspose", 4, "w2a16:b64", "float", "no convolution kernel"),
         ("Conv", 4, "w8a8-dynamic", "w8a16:sym", "no w8a8-dynamic kernel for Conv"),
+        ("Conv", 4, "w7a8-dynamic", "w8a16:sym", "no w7a8-dynamic kernel for Conv"),
         ("LSTM", 3, "w8a16", "w8a16:sym", "decoded once"),
         ("GRU", 3, "w4a16:b32", "float", "no recurrent kernel"),
         ("Gather", 2, "w4a16:b32", "w4a16:b32:asym", "GatherBlockQuantized (4-bit)"),
@@ -132,21 +137,15 @@ def test_dynamic_codes_are_narrower() -> None:
     assert resolved("w8a16").weight_type is None
 
 
-@pytest.mark.parametrize(
-    ("text", "float_type", "opset"),
-    [
-        ("w8a16", "FLOAT", 13),
-        ("w8a16", "FLOAT16", 19),
-        ("w8a16:b32", "FLOAT", 21),
-        ("w4a16:b32", "FLOAT", 21),
-        ("w2a16:b64", "FLOAT", 25),
-    ],
-)
-def test_needed_opset(text: str, float_type: str, opset: int) -> None:
-    assert resolved(text, float_type=float_type).opset == opset
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("text", [form for form in SCHEME_FORMS if form != "float"])
+def test_every_documented_scheme_quantizes_a_plain_product(target: Target, text: str) -> None:
     scheme = parse_scheme(text)
     assert scheme is not None
-    assert ONNXRUNTIME.opset_for(scheme, float_type) == opset
+    found = resolve(target, replace(BASE, scheme=scheme, reduction=256, outputs=256))
+    assert found.scheme is not None
+    assert found.scheme.weight_bits == scheme.weight_bits
+    assert found.scheme.activations is scheme.activations
 
 
 def test_the_default_scheme_is_one() -> None:
@@ -158,7 +157,15 @@ REQUESTS = st.builds(
     op_type=st.sampled_from(["MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "Foo"]),
     domain=st.just(""),
     scheme=st.sampled_from(
-        ["w8a16", "w8a8-dynamic", "w4a16:b32", "w4a16", "w3a16:b128:sym", "w2a16:b16:asym"]
+        [
+            "w8a16",
+            "w8a8-dynamic",
+            "w7a8-dynamic",
+            "w4a16:b32",
+            "w4a16",
+            "w3a16:b128:sym",
+            "w2a16:b16:asym",
+        ]
     ).map(lambda text: parse_scheme(text) or QScheme(8)),
     float_type=st.sampled_from(["FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"]),
     reduction=st.integers(1, 5000),
@@ -176,7 +183,6 @@ def test_a_resolution_is_complete_and_legal(request: SchemeRequest) -> None:
     assert found.reason
     assert found.rule
     if found.scheme is None:
-        assert (found.kernel, found.opset) == ("float", 0)
         return
     assert found.scheme.symmetric is not None
     size = found.scheme.block_size

@@ -10,12 +10,9 @@ import pytest
 
 from qcompiler.execution.kernels import Kernel, inspect_kernels
 from qcompiler.execution.sessions import open_session
-from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
-from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
-from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
-from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
-from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
+from qcompiler.pipeline import CompileOptions, make_plan, pass_named
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
+from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.scheme import Activations
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
 from qcompiler.targets.rows import Row, WeightUse
@@ -57,7 +54,9 @@ def cases() -> Iterator[Case]:
             for use in row.uses:
                 if not _drawable(op, use):
                     continue
-                for bits in sorted({max(bits, 2) if bits != 3 else 4 for bits in row.weight_bits}):
+                for bits in sorted(
+                    {qtype_of(b, signed=True).storage_bits for b in row.weight_bits}
+                ):
                     for index, block in enumerate(blocks):
                         symmetric = row.symmetric[index % len(row.symmetric)]
                         float_type = row.float_types[index // 2 % len(row.float_types)]
@@ -149,14 +148,9 @@ def finish(case: Case, weight: CodedWeight, header: str, body: str) -> ir.Model:
 
 
 def lower(model: ir.Model, folder: Path) -> None:
-    for rewrite in (
-        DecomposeGemm(),
-        LowerDynamicQuantization(),
-        LowerEmbeddings(),
-        LowerMatMulNBits(),
-        DecodeAtLoad(),
-    ):
-        run_pass(rewrite, model, folder)
+    plan = make_plan(CompileOptions())
+    for name in ONNXRUNTIME.lowering:
+        run_pass(pass_named(name, plan), model, folder)
 
 
 def expected_kernels(case: Case) -> set[str]:
@@ -186,6 +180,18 @@ def test_row_runs_as_the_table_says(case: Case, tmp_path: Path) -> None:
             truth = expected[name].astype(np.float64)
             # Kernels round activations to 8 bits, per block or per tensor.
             assert np.abs(values - truth).max() <= 0.03 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_highest_opset(above: int) -> None:
+    model = build("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    model.graph.opset_imports[""] = ONNXRUNTIME.opset_max + above
+    if above:
+        with pytest.raises(Exception, match="opset"):
+            open_session(model, optimize=True, threads=1)
+        return
+    with open_session(model, optimize=True, threads=1) as session:
+        assert session.run({"x": np.ones(2, np.float32)})["y"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("outputs", [33, 34, 35])

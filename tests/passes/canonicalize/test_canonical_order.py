@@ -16,6 +16,7 @@ from qcompiler.passes.canonicalize.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.canonicalize.fold_constants import FoldConstants
 from qcompiler.passes.canonicalize.inline_functions import InlineFunctions
 from qcompiler.passes.canonicalize.lift_constants import LiftConstants
+from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.rewriting.base import Pass, PassContext
 from qcompiler.rewriting.manager import PassManager, stage_of
 from qcompiler.rewriting.stages import Stage
@@ -67,6 +68,7 @@ def _passes() -> list[Pass]:
         Deduplicate(),
         EliminateDead(),
         AssignNames(),
+        VerifyCanonical(),
     ]
 
 

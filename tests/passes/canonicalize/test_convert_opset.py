@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.errors import ModelError
+from qcompiler.errors import ModelError, TargetError
 from qcompiler.passes.canonicalize.convert_opset import ConvertOpset, ConvertOpsetOptions
 from tests.support.graphs import build
 from tests.support.parity import assert_parity
@@ -36,6 +36,15 @@ def test_a_node_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
         run_pass(_TO_21, model, tmp_path)
 
 
+@pytest.mark.parametrize(("opset", "version"), [(22, 21), (11, 22)])
+def test_refuses_what_the_target_does_not_load(opset: int, version: int, tmp_path: Path) -> None:
+    model = build("g (float[2] x) => (float[2] y) { y = Relu (x) }", opset=opset)
+    with pytest.raises(TargetError, match="loads models up to opset 21, not 22"):
+        run_pass(ConvertOpset(ConvertOpsetOptions(version, highest=21)), model, tmp_path)
+    assert model.opset_imports[""] == opset
+    run_pass(ConvertOpset(ConvertOpsetOptions(version, highest=22)), model, tmp_path)
+
+
 def test_is_idempotent(tmp_path: Path) -> None:
     assert_idempotent(_TO_21, build(_OLD, opset=11), tmp_path)
 
@@ -44,3 +53,16 @@ def test_keeps_numerics(tmp_path: Path) -> None:
     model = build(_OLD, opset=11)
     run_pass(_TO_21, model, tmp_path)
     assert_parity(build(_OLD, opset=11), model, tolerance=0)
+
+
+def test_the_other_name_of_the_standard_domain_is_read(tmp_path: Path) -> None:
+    header = '<ir_version: 10, opset_import: ["ai.onnx" : 22]>'
+    model = build(f"{header} g (float[2] x) => (float[2] y) {{ y = Relu (x) }}")
+    assert run_pass(_TO_21, model, tmp_path).rewrites == ()
+    assert model.opset_imports == {"ai.onnx": 22}
+    with pytest.raises(TargetError, match="loads models up to opset 21, not 22"):
+        run_pass(ConvertOpset(ConvertOpsetOptions(21, highest=21)), model, tmp_path)
+    model.opset_imports["ai.onnx"] = 18
+    (rewrite,) = run_pass(_TO_21, model, tmp_path).rewrites
+    assert rewrite.detail == "from opset 18 to 21"
+    assert model.opset_imports == {"": 21}

@@ -51,7 +51,7 @@ def test_equal_weights_and_all_that_follows_are_shared(tmp_path: Path) -> None:
     assert op_types(model) == ["MatMul", "Relu", "Add"]
     assert list(model.graph.initializers) == ["w1"]
     assert result.rewrites[0].detail == "initializer equal to w1"
-    assert node_named(model, "first").metadata_props[ORIGIN] == "first second"
+    assert node_named(model, "first").metadata_props[ORIGIN] == '["first", "second"]'
     assert_parity(build(_TWO, _SAME), model, tolerance=0)
 
 

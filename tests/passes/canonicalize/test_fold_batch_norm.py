@@ -39,7 +39,7 @@ def test_after_conv(tmp_path: Path, group: int) -> None:
     weights = {"w": random_array(8, 4 // group, 3, 3), **_norm(8)}
     model = _check(text, weights, ["Conv"], tmp_path)
     assert list(model.graph.initializers) == ["w", "conv_bias"]
-    assert node_named(model, "conv").metadata_props[ORIGIN] == "conv bn"
+    assert node_named(model, "conv").metadata_props[ORIGIN] == '["conv", "bn"]'
     assert [value.name for value in model.graph.outputs] == ["y"]
 
 
@@ -284,3 +284,48 @@ def test_keeps_numerics_within_the_declared_tolerance(tmp_path: Path, seed: int)
     run_pass(FoldBatchNorm(), model, tmp_path)
     assert FoldBatchNorm.tolerance == 1e-4
     assert_parity(build(_AFTER_CONV, weights), model, tolerance=1e-4, seed=seed)
+
+
+_BETWEEN = """g (float[N,4,6,6] x) => (y) {{
+    [first] a = Conv (x, w)  {between}  [bn] n = {norm}  [second] y = Conv (n, v) }}"""
+
+
+def _between(between: str, **changed: Any) -> tuple[str, dict[str, Any]]:
+    norm = _norm(8)
+    norm["gamma"] = np.abs(norm["gamma"]) + np.float32(0.1)
+    weights = {"w": random_array(8, 4, 3, 3), "v": random_array(5, 8, 2, 2, seed=3), **norm}
+    return _BETWEEN.format(between=between, norm=_NORM), {**weights, **changed}
+
+
+@pytest.mark.parametrize(
+    ("between", "ops"),
+    [
+        ("h = Relu (a)", ["Conv", "Relu", "Conv"]),
+        ("h = LeakyRelu (a)", ["Conv", "LeakyRelu", "Conv"]),
+        (
+            "r = Relu (a)  h = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)",
+            ["Conv", "Relu", "MaxPool", "Conv"],
+        ),
+    ],
+)
+def test_positive_factors_go_into_the_op_before_an_activation(
+    tmp_path: Path, between: str, ops: list[str]
+) -> None:
+    text, weights = _between(between)
+    # One channel that hardly varies has a factor thousands of times that of the others.
+    weights["var"] = np.array([1e4] * 7 + [1e-7], np.float32)
+    model = _check(text, weights, ops, tmp_path)
+    np.testing.assert_array_equal(initializer(model, "v"), weights["v"])
+    factors = weights["gamma"] / np.sqrt(weights["var"] + 0.01)
+    scaled = weights["w"] * factors[:, None, None, None]
+    np.testing.assert_allclose(initializer(model, "w"), scaled, rtol=1e-6)
+    assert node_named(model, "first").metadata_props[ORIGIN] == '["first", "bn"]'
+
+
+@pytest.mark.parametrize("between", ["h = Relu (a)", "h = Sigmoid (a)"])
+def test_other_factors_go_into_the_op_behind(tmp_path: Path, between: str) -> None:
+    gamma = random_array(8, seed=4)
+    assert gamma.min() < 0
+    text, weights = _between(between, gamma=gamma if "Relu" in between else np.abs(gamma))
+    model = _check(text, weights, ["Conv", between.split()[2], "Conv"], tmp_path, 5e-6)
+    np.testing.assert_array_equal(initializer(model, "w"), weights["w"])

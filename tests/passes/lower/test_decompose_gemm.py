@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from qcompiler.execution.sessions import open_session
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
 from qcompiler.quant.granularity import PerAxis
 from tests.support.coded import CodedWeight, coded_weight
@@ -24,6 +25,22 @@ def gemm(
     model = build(text, {**weight.weights, "c": BIAS})
     node_named(model, "fc").metadata_props["qcompiler.scheme"] = scheme
     return model
+
+
+def test_a_bias_that_is_broadcast_is_split_off(tmp_path: Path) -> None:
+    weight = columns()
+
+    def broadcast() -> ir.Model:
+        text = f"""g (float[5, 32] x) => (float[5, 12] y) {{
+            {weight.dequantize("wd")} [fc] y = Gemm(x, wd, c) }}"""
+        return build(text, {**weight.weights, "c": random_array(1)})
+
+    after = broadcast()
+    run_pass(DecomposeGemm(), after, tmp_path)
+    assert op_types(after) == ["DequantizeLinear", "MatMul", "Add"]
+    assert_parity(broadcast(), after, tolerance=1e-5)
+    with open_session(after, optimize=True, threads=1) as session:
+        assert session.run({"x": random_array(5, 32)})["y"].shape == (5, 12)
 
 
 def columns() -> CodedWeight:

@@ -9,6 +9,7 @@ import pytest
 
 from qcompiler.execution.kernels import inspect_kernels
 from qcompiler.execution.sessions import open_session
+from qcompiler.ir.dataflow import all_nodes
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
 from qcompiler.quant.qtype import INT7
@@ -96,6 +97,27 @@ def test_products_of_one_value_share_its_quantization(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "m.onnx")
     found = inspect_kernels(tmp_path / "m.onnx", ["a", "c"], memory_limit=1 << 30)
     assert {kernel.name for kernel in found.kernels.values()} == {"MatMulIntegerToFloat"}
+
+
+def test_bodies_that_read_one_value_quantize_it_under_names_of_their_own(tmp_path: Path) -> None:
+    one, two = weight_of(), coded_weight((64, 24), PerAxis(1), bits=8, signed=True, name="v")
+    text = f"""g (bool c, float[2, 64] x) => (float[2, 24] y) {{
+        y = If (c) <
+            then_branch = yes () => (float[2, 24] t) {{
+                {one.dequantize("wd")} [a] t = MatMul(x, wd) }},
+            else_branch = no () => (float[2, 24] e) {{
+                {two.dequantize("vd")} [c] e = MatMul(x, vd) }}
+        > }}"""
+    model = build(text, {**one.weights, **two.weights})
+    for name in ("a", "c"):
+        node_named(model, name).metadata_props["qcompiler.scheme"] = "w8a8-dynamic:sym"
+    run_pass(LowerDynamicQuantization(), model, tmp_path)
+    made = [node for node in all_nodes(model) if node.op_type == "DynamicQuantizeLinear"]
+    assert [node.name for node in made] == ["x.quantized", "x.quantized_2"]
+    with open_session(model, optimize=True, threads=1) as session:
+        x = np.ones((2, 64), np.float32)
+        found = session.run({"c": np.array(True), "x": x})["y"]
+        np.testing.assert_allclose(found, integer_arithmetic(x, one), rtol=1e-5)
 
 
 def test_last_node_keeps_the_facts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import ModelError
+from qcompiler.ir.editing import add_initializer
 from qcompiler.ir.provenance import annotate, facts_of
 from qcompiler.passes.quantize import insert_qdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
@@ -197,3 +198,25 @@ def test_float_sites_are_left_alone(tmp_path: Path) -> None:
 def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     model = _planned(_TEXT, {"w": random_array(64, 8)}, mm="w8a16:sym")
     assert_idempotent(InsertQdq(), model, tmp_path)
+
+
+def test_names_that_are_taken_get_a_number(tmp_path: Path) -> None:
+    text = """g (float[N, 64] x) => (float[N, 8] y, float[N, 8] z) {
+        [mm] y = MatMul(x, w)
+        [other] t = MatMul(x, v)
+        z = Add(t, s)
+    }"""
+    weights = {"w": random_array(64, 8), "v": random_array(64, 8, seed=1), "s": random_array(8)}
+    model = _planned(text, weights, mm="w8a16:asym")
+    node_named(model, "other").name = "w_2.dequantized"
+    add_initializer(model.graph, "w.scale", ir.tensor(np.zeros(8, np.float32)))
+    model.graph[-1].replace_input_with(1, model.graph.initializers["w.scale"])
+    x = random_array(5, 64, seed=2)
+    run_pass(InsertQdq(), model, tmp_path)
+    dequantize_node = node_named(model, "w_3.dequantized")
+    names = [value.name for value in dequantize_node.inputs if value is not None]
+    assert names == ["w_3.codes", "w_3.scale", "w_3.zero_point"]
+    found = run_model(model, {"x": x})
+    expected = x @ _reference(weights["w"], 8, False, PerAxis(1))
+    np.testing.assert_allclose(found["y"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["z"], x @ weights["v"], rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix
+from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix, tensor_of
 from qcompiler.ir.dataflow import int_attribute, ints_attribute, is_op
 
 _TWO_BIT_OUTPUTS = 4
@@ -76,7 +76,8 @@ def weight_path(node: ir.Node) -> WeightPath | None:
 def is_plain_product(node: ir.Node) -> bool:
     """Whether a node is a MatMul, or a Gemm that ONNX Runtime fuses like one.
 
-    Such a Gemm has alpha = beta = 1, transposes nothing, and its bias, if any, is a vector.
+    Such a Gemm has alpha = beta = 1, transposes nothing, and its bias, if any, has one element
+    per output channel: MatMulNBits does not broadcast it, and a fused `[1]` does not load.
     """
     if not is_op(node, "Gemm"):
         return is_op(node, "MatMul")
@@ -86,17 +87,35 @@ def is_plain_product(node: ir.Node) -> bool:
     if int_attribute(node, "transA", 0) or int_attribute(node, "transB", 0):
         return False
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return bias is None or (bias.shape is not None and len(bias.shape) == 1)
+    path = weight_path(node)
+    return bias is None or (path is not None and bias.shape == (path.outputs,))
 
 
-def is_fused_by_runtime(node: ir.Node, path: WeightPath) -> bool:
+def is_half_in_body(node: ir.Node, path: WeightPath, main: ir.Graph) -> bool:
+    """Whether a product lies in an If, Loop or Scan body and has float16 scales.
+
+    Where ONNX Runtime computes it in float32, it casts the scales and does not fold that Cast in
+    a body. MatMulNBits with accuracy_level 4, which its own fusion makes, returns zeros for
+    scales that are not constant; with level 1 it is right.
+    """
+    return node.graph is not main and tensor_of(path.matrix.scale).dtype == ir.DataType.FLOAT16
+
+
+def is_fused_by_runtime(node: ir.Node, path: WeightPath, main: ir.Graph) -> bool:
     """Whether ONNX Runtime makes a MatMulNBits of a product and its DequantizeLinear.
 
     It does not when codes or scales are shared, for blocks behind a Transpose, before a Relu or
-    Clip, and inside a body whose weights lie outside of it. At 2 bits it
-    fuses into wrong results where the number of output channels is no multiple of 4; that counts
-    as "not".
+    Clip, and inside a body whose weights lie outside of it. It fuses into wrong results at 2 bits
+    where the number of output channels is no multiple of 4, and in float16 inside a body; that
+    counts as "not".
+
+    Args:
+        node: The product.
+        path: How its weight reaches it.
+        main: The main graph of the model.
     """
+    if is_half_in_body(node, path, main):
+        return False
     if not is_plain_product(node) or not path.exclusive or not path.along_reduction:
         return False
     if _feeds_clipping(node):

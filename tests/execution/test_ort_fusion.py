@@ -5,8 +5,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from qcompiler.execution.fusion import is_fused_by_runtime, is_plain_product, weight_path
 from qcompiler.execution.kernels import inspect_kernels
+from qcompiler.execution.ort_fusion import is_fused_by_runtime, is_plain_product, weight_path
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
 from tests.support.coded import coded_weight, opset_for
 from tests.support.graphs import build, node_named
@@ -16,10 +16,10 @@ COLUMNS = PerBlock(1, 32)
 
 
 def product(
-    shape: tuple[int, int], granularity: Granularity, bits: int, body: str, more: str = ""
+    shape: tuple[int, int], granularity: Granularity, bits: int, body: str, inputs: str = ""
 ) -> ir.Model:
     weight = coded_weight(shape, granularity, bits=bits, signed=True)
-    text = f"""g (float[b, 64] x) => (float[b, n] y{more}) {{
+    text = f"""g (float[b, 64] x{inputs}) => (float[b, n] y) {{
         {weight.dequantize("wd")} {body} }}"""
     model = build(text, weight.weights, opset=opset_for(bits))
     model.ir_version = 13
@@ -60,7 +60,7 @@ def test_agrees_with_the_runtime(model: ir.Model, fused: bool, tmp_path: Path) -
     node = node_named(model, "p")
     path = weight_path(node)
     assert path is not None
-    assert is_fused_by_runtime(node, path) == fused
+    assert is_fused_by_runtime(node, path, model.graph) == fused
     ir.save(model, tmp_path / "m.onnx")
     found = inspect_kernels(tmp_path / "m.onnx", ["p"], memory_limit=1 << 30)
     assert found.kernels["p"].integer == fused
@@ -71,7 +71,7 @@ def test_2_bit_with_odd_outputs_counts_as_not_fused() -> None:
     node = node_named(model, "p")
     path = weight_path(node)
     assert path is not None
-    assert not is_fused_by_runtime(node, path)
+    assert not is_fused_by_runtime(node, path, model.graph)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,26 @@ def test_no_path_to_a_coded_matrix(body: str) -> None:
     assert weight_path(node_named(product((64, 64), ROWS, 8, body), "p")) is None
 
 
-def test_a_bias_that_is_no_vector_is_not_plain() -> None:
-    model = build(
-        "g (float[2, 4] x, float[4, 3] w, float[2, 3] c, float[3] d) => (float[2, 3] y) {"
-        "[m] t = Gemm(x, w, c) [v] y = Gemm(x, w, d) }"
-    )
-    assert not is_plain_product(node_named(model, "m"))
-    assert is_plain_product(node_named(model, "v"))
+@pytest.mark.parametrize(("bias", "plain"), [("b, 32", False), ("1", False), ("32", True)])
+def test_only_a_bias_of_one_element_per_output_is_plain(bias: str, plain: bool) -> None:
+    model = product((64, 32), ROWS, 4, "[p] y = Gemm(x, wd, c)", inputs=f", float[{bias}] c")
+    assert is_plain_product(node_named(model, "p")) == plain
+
+
+@pytest.mark.parametrize("scale_type", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_float16_in_a_body_counts_as_not_fused(scale_type: ir.DataType) -> None:
+    weight = coded_weight((64, 32), ROWS, bits=4, signed=True, scale_type=scale_type)
+    dtype = "float16" if scale_type == ir.DataType.FLOAT16 else "float"
+    text = f"""g (bool c, {dtype}[2, 64] x) => ({dtype}[2, 32] y) {{
+        y = If (c) <
+            then_branch = yes () => ({dtype}[2, 32] t) {{
+                {weight.dequantize("wd")} [p] t = MatMul(x, wd) }},
+            else_branch = no () => ({dtype}[2, 32] e) {{
+                {weight.dequantize("ed")} e = MatMul(x, ed) }}
+        > }}"""
+    inner = {f"yes/{name}": tensor for name, tensor in weight.weights.items()}
+    model = build(text, {**inner, **{f"no/{n}": t for n, t in weight.weights.items()}})
+    node = node_named(model, "p")
+    path = weight_path(node)
+    assert path is not None
+    assert is_fused_by_runtime(node, path, model.graph) == (dtype == "float")

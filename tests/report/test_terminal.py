@@ -1,0 +1,91 @@
+"""What the terminal shows: every fact of the report, grouped where there are many ops."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from qcompiler.report.records import (
+    FileFacts,
+    NodeReport,
+    PassReport,
+    Report,
+    SkipReport,
+    Summary,
+)
+from qcompiler.report.terminal import explanation, print_report, size
+
+
+def _report(count: int) -> Report:
+    nodes = tuple(
+        NodeReport(
+            name=f"layer[{index}]",
+            origins=(f"layer[{index}]",),
+            op_type="MatMul",
+            scheme="w4a16:b32:asym",
+            rule="matmul-nbits-4",
+            reason="recipe default asks for it",
+            weight=f"w{index}",
+            elements=1024,
+            bytes_before=4096,
+            bytes_after=656,
+            sqnr_db=21.5,
+            kernel="MatMulNBits (4-bit)",
+            integer_kernel=True,
+        )
+        for index in range(count)
+    )
+    facts = FileFacts("m.onnx", 1 << 20, "0" * 64, 21)
+    summary = Summary(count, count, 4096, 656, 5.125, 5.125, 21.5, count, 1 << 28, 1.5)
+    skips = (SkipReport("fold-batch-norm", "layer[0]", "its statistics are computed at run time"),)
+    passes = (PassReport("fold-batch-norm", "imported", "reordered", 0.25, 0, skips),)
+    return Report("0", "t", "", facts, facts, summary, nodes, passes, (), ("beware",), "runtime 1")
+
+
+def _printed(report: Report) -> str:
+    console = Console(width=200, record=True, force_terminal=False)
+    with console.capture() as capture:
+        print_report(report, Path("out.onnx"), console)
+    return capture.get()
+
+
+def test_a_small_model_has_a_row_for_every_op() -> None:
+    text = _printed(_report(3))
+    assert text.count("layer[") == 3 + 3  # a row each, and the line of reasons
+    for fact in (
+        "w4a16:b32:asym by matmul-nbits-4: 3",
+        "recipe default asks for it",
+        "21.5",
+        "4.0 KiB",
+        "656 B",
+        "MatMulNBits (4-bit)",
+        "3 of 3 quantized ops run on integer weights in runtime 1",
+        "peak memory 256.0 MiB",
+        "fold-batch-norm 0.25 s",
+        "warning: beware",
+        "out.onnx",
+    ):
+        assert fact in text
+
+
+def test_a_large_model_has_a_row_for_every_kind() -> None:
+    text = _printed(_report(100))
+    assert "100 nodes" in text
+    assert "layer[50]" not in text
+
+
+def test_an_explanation_holds_all_that_is_known() -> None:
+    report = _report(1)
+    node = replace(report.nodes[0], origins=("layer[0]", "twin"))
+    text = "\n".join(explanation(node, report.passes))
+    for fact in ("twin", "matmul-nbits-4", "21.5 dB", "5.12 bits", "computed at run time"):
+        assert fact in text
+
+
+def test_sizes_have_units() -> None:
+    assert [size(n) for n in (5, 2048, 3 << 20, 5 << 30)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.00 GiB",
+    ]
