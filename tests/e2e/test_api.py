@@ -194,7 +194,7 @@ def test_kernels_of_16_bit_models_are_found(tmp_path: Path) -> None:
             [one] a = MatMul(x, w)
             b = Relu(a)
             [two] c = MatMul(b, v)
-            y = Add(c, x)
+            y = Sigmoid(c)
         }""",
         {
             "w": random_array(64, 64, dtype=np.float16),
