@@ -63,7 +63,7 @@ def session(path: Path, level: int) -> SessionFactory:
 
 
 def compile_arm(source: Path, output: Path, name: str, workload: Workload) -> Facts:
-    """Make an arm's model in a process of its own; return its facts, seconds and peak memory."""
+    """Make an arm's model in a process of its own; return its facts and seconds."""
     command = [sys.executable, "-m", "benchmarks.arms", str(source), str(output), name]
     for pattern in workload.same_nodes_exclude or ():
         command += ["--exclude", pattern]
@@ -71,8 +71,7 @@ def compile_arm(source: Path, output: Path, name: str, workload: Workload) -> Fa
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        child.wait()
         seconds = time.perf_counter() - started
         out.seek(0)
         errors.seek(0)
@@ -80,8 +79,7 @@ def compile_arm(source: Path, output: Path, name: str, workload: Workload) -> Fa
             reason = errors.read().strip().splitlines()
             return {"failure": reason[-1] if reason else f"exit {child.returncode}"}
         facts: Facts = json.loads(out.read().splitlines()[-1])
-    compilation = {"seconds": seconds, "peak_rss_gib": usage.ru_maxrss / 2**20}
-    return facts | {"compile": compilation}
+    return facts | {"compile": {"seconds": seconds}}
 
 
 def modes(facts: Facts, arm: Arm) -> tuple[str, ...]:

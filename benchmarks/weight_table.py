@@ -41,8 +41,8 @@ def _preamble(content: Record) -> list[str]:
         'sides, so that the rounding of weights alone compares; "8-bit act." is the score with '
         "both in 8 bits. `same-nodes` arms quantize what ONNX Runtime's quantizer (`ort-...`) can "
         "quantize. Latency is the median ratio to the float model in alternation (as shipped; in "
-        "brackets with 8-bit activations). Bits count scales and zero points. Compile time and "
-        "memory are those of the whole process; qcompiler's include loading the result in ONNX "
+        "brackets with 8-bit activations). Bits count scales and zero points. Compile time "
+        "is that of the whole process; qcompiler's includes loading the result in ONNX "
         "Runtime to see which kernels it chooses.",
     ]
 
@@ -91,7 +91,6 @@ def _cells(record: Record, facts: Record) -> dict[str, str]:
     cells |= _quality_cells(facts.get("quality", {}), before["metric"])
     cells |= _latency_cells(facts.get("latency", {}))
     cells["compile s"] = f"{facts['compile']['seconds']:.1f}"
-    cells["peak GiB"] = f"{facts['compile']['peak_rss_gib']:.2f}"
     kernels = ", ".join(f"{count} {name}" for name, count in facts["kernels"].items())
     cells["kernels"] = kernels or "float: nothing quantized"
     if facts["quantized_ops"]:

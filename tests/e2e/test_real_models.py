@@ -43,7 +43,7 @@ def _feeds(name: str) -> Sequence[Feeds]:
         ("silero_vad_op18_ifless", "w4a16:b32", 20),
         pytest.param("minilm", "w8a16", 18, marks=pytest.mark.slow),
         pytest.param("minilm", "w4a16:b32", 10, marks=pytest.mark.slow),
-        pytest.param("minilm", "w8a8-dynamic", 8, marks=pytest.mark.slow),
+        pytest.param("minilm", "w8a8-dynamic", 4, marks=pytest.mark.slow),
         pytest.param("smollm2_folded", "w8a16", 20, marks=pytest.mark.slow),
         pytest.param("smollm2_folded", "w4a16:b32", 5, marks=pytest.mark.slow),
     ],
