@@ -22,7 +22,7 @@ from qcompiler.quant.scheme import QSpec
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 24 << 20
 """Bytes of float weight a worker holds at once, where slices are rows."""
 COLUMN_SLICE_BYTES = 64 << 20
 """The same where slices are columns: they lie scattered in the file, and fewer are read faster."""
@@ -74,7 +74,7 @@ class InsertQdq(Pass):
     Refuses: nothing: what cannot be quantized was given the scheme "float" by assign-schemes.
 
     Tied sites share one set of codes. Names that are taken get a number: `w_2.codes`. Weights
-    stream: each of `workers` threads holds one slice, of about 8 MiB where it is cut along
+    stream: each of `workers` threads holds one slice, of about 24 MiB where it is cut along
     the first axis and 64 MiB along another, and large codes go to the context's store.
 
     Raises (from `run`):
