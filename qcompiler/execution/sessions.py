@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy.typing as npt
@@ -62,12 +61,7 @@ class Session(AbstractContextManager["Session"]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         del self._session
         self._cleanup.close()
 
