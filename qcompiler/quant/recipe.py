@@ -3,7 +3,7 @@
 ```toml
 version = 1
 default = "w8a16"             # for ops that no rule matches; "float" when absent
-weight_range = "mse"          # or "min-max"; the run decides when absent
+weight_range = "weighted-mse" # or "mse", "min-max"; the run decides when absent
 
 [[rule]]
 name = "*/lm_head*"           # glob on node names, or "/regex/"; the whole name, case matters

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import ParityError, QCompilerError
 from qcompiler.ir.save import save_model
+from qcompiler.ir.weights import constant_bytes
 from qcompiler.progress import SilentProgress
 from qcompiler.rewriting.base import Pass, PassResult
 
@@ -79,12 +80,7 @@ class KeepReproducer:
         """Write the model, the recipe and the command."""
         if self._before is None:
             return f"no reproducer was kept, since the graph has more than {_MOST_NODES} nodes"
-        size = sum(
-            value.const_value.nbytes
-            for graph in self._before.graphs()
-            for value in graph.initializers.values()
-            if value.const_value is not None
-        )
+        size = constant_bytes(self._before)
         if size > _LARGEST_REPRODUCER:
             return f"no reproducer was written, since the weights take {size / 2**30:.1f} GiB"
         folder = self._directory / f"qcompiler-reproducer-{rewrite.name}"
