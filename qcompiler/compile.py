@@ -24,7 +24,14 @@ from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
-from qcompiler.pipeline import CompileOptions, Plan, Verification, make_plan, pipeline
+from qcompiler.pipeline import (
+    CompileOptions,
+    Plan,
+    Verification,
+    make_plan,
+    pipeline,
+    with_data,
+)
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
@@ -113,6 +120,7 @@ def compile_model(
         forget(model)
         size, opset = _size_and_opset(path, model)
         with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
+            plan = with_data(plan, model, digest.result)
             numerics = _numerics_hook(model, options)
             hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)

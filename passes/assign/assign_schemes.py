@@ -1,7 +1,7 @@
 """Decides what every quantizable op gets, and writes it on the op."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -41,11 +41,13 @@ class Decision:
         scheme: The scheme, fully decided; None is float.
         rule: The recipe rule or target row that decided.
         reason: Why, as a sentence.
+        pair_limit: What neighbouring codes may add up to, None without a limit.
     """
 
     scheme: QScheme | None
     rule: str
     reason: str
+    pair_limit: int | None = None
 
 
 class AssignSchemes(Pass):
@@ -85,7 +87,7 @@ class AssignSchemes(Pass):
             groups.setdefault(site.weight, []).append(site)
         decisions: dict[ir.Node, Decision] = {}
         for weight, sharing in groups.items():
-            decision = self._decide(weight, sharing, asked)
+            decision = self._decide(weight, sharing, asked, model.graph)
             for site in sharing:
                 decisions[site.node] = _stricter(decisions.get(site.node), decision)
         described: set[ir.Node] = set()
@@ -95,6 +97,8 @@ class AssignSchemes(Pass):
         for node, decision in decisions.items():
             scheme = FLOAT if decision.scheme is None else str(decision.scheme)
             annotate(node, scheme=scheme, rule=decision.rule, reason=decision.reason)
+            if decision.pair_limit is not None:
+                annotate(node, pair_limit=decision.pair_limit)
             if decision.scheme is None:
                 skips.append(Skip(decision.rule, node.name or "", decision.reason))
             else:
@@ -105,7 +109,11 @@ class AssignSchemes(Pass):
         return PassResult(tuple(rewrites), tuple(skips))
 
     def _decide(
-        self, weight: ir.Value, sharing: Sequence[Site], asked: dict[ir.Node, Rule | None]
+        self,
+        weight: ir.Value,
+        sharing: Sequence[Site],
+        asked: dict[ir.Node, Rule | None],
+        main: ir.Graph,
     ) -> Decision:
         """Decide for all sites that share a weight."""
         obstacle = _reader_that_is_no_site(weight, sharing) or _axes_that_differ(sharing)
@@ -113,14 +121,14 @@ class AssignSchemes(Pass):
             return Decision(None, "shared-weight", obstacle)
         chosen: Decision | None = None
         for site in sharing:
-            decision = self._decide_one(site, asked[site.node], tied=len(sharing) > 1)
+            decision = self._decide_one(site, asked[site.node], main, tied=len(sharing) > 1)
             chosen = _stricter(chosen, decision)
         if chosen is None:
             message = f"the weight {weight.name} belongs to no site"
             raise ValueError(message)
         return chosen
 
-    def _decide_one(self, site: Site, rule: Rule | None, *, tied: bool) -> Decision:
+    def _decide_one(self, site: Site, rule: Rule | None, main: ir.Graph, *, tied: bool) -> Decision:
         recipe = self.options.recipe
         scheme = recipe.default if rule is None else rule.scheme
         label = "recipe default" if rule is None else rule.label
@@ -136,13 +144,12 @@ class AssignSchemes(Pass):
                 where=node_label(site.node),
                 hint="the export is broken, or exclude the node",
             )
-        resolution = resolve(self.options.target, _request(site, scheme, tied=tied))
+        request = _request(site, scheme, tied=tied, in_body=site.node.graph is not main)
+        resolution = resolve(self.options.target, request)
         if resolution.scheme is None:
             return Decision(None, resolution.rule, resolution.reason)
-        decided = resolution.scheme
-        if resolution.weight_type is not None:
-            decided = replace(decided, weight_bits=resolution.weight_type.bits)
-        return Decision(decided, resolution.rule, _sentence(label, rule, resolution))
+        reason = _sentence(label, rule, resolution)
+        return Decision(resolution.scheme, resolution.rule, reason, resolution.pair_limit)
 
 
 def _sentence(label: str, rule: Rule | None, resolution: Resolution) -> str:
@@ -150,7 +157,7 @@ def _sentence(label: str, rule: Rule | None, resolution: Resolution) -> str:
     return f"{asked}; {resolution.reason}" if resolution.reason else asked
 
 
-def _request(site: Site, scheme: QScheme, *, tied: bool) -> SchemeRequest:
+def _request(site: Site, scheme: QScheme, *, tied: bool, in_body: bool) -> SchemeRequest:
     return SchemeRequest(
         op_type=site.row.op_type,
         domain=site.row.domain,
@@ -163,6 +170,7 @@ def _request(site: Site, scheme: QScheme, *, tied: bool) -> SchemeRequest:
         transposed=site.transposed,
         tied=tied,
         left=site.left,
+        in_body=in_body,
     )
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.execution.ort_fusion import is_fused_by_runtime, weight_path
+from qcompiler.execution.ort_fusion import is_fused_by_runtime, reads_codes, weight_path
 from qcompiler.ir.dataflow import all_nodes, constant_of, int_attribute, is_op, node_name
 from qcompiler.ir.editing import constant_value
 from qcompiler.ir.substitution import new_node, substitute
@@ -105,6 +105,8 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _needs_decoding(node: ir.Node, main: ir.Graph) -> bool:
+    if reads_codes(node):
+        return False
     if node.op_type == "FusedMatMul":
         return True
     if not is_op(node, *_DECODED_OPS):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.execution.ort_fusion import is_plain_product, weight_path
+from qcompiler.execution.ort_fusion import is_plain_product, reads_codes, weight_path
 from qcompiler.ir.dataflow import all_nodes, int_attribute, is_op, node_name
 from qcompiler.ir.editing import constant_value
 from qcompiler.ir.provenance import CREATED_BY, scheme_of
@@ -24,7 +24,8 @@ class DecomposeGemm(Pass):
 
     Before: y = Gemm(x, DequantizeLinear(codes), c, alpha, beta, transB=1)
     After:  y = alpha * MatMul(x, Transpose(DequantizeLinear(codes))) + beta * c
-    Refuses: nothing; a Gemm that is fused as it is, or whose weight is float, is left alone.
+    Refuses: nothing; a Gemm that is fused as it is, whose activations are calibrated (QGemm knows
+        all of it), or whose weight is float, is left alone.
     """
 
     name: ClassVar[str] = "decompose-gemm"
@@ -39,7 +40,7 @@ class DecomposeGemm(Pass):
         for node in list(all_nodes(model)):
             if not is_op(node, "Gemm") or weight_path(node) is None:
                 continue
-            if is_plain_product(node) and not _is_dynamic(node):
+            if reads_codes(node) or (is_plain_product(node) and not _is_dynamic(node)):
                 continue
             name = node_name(node)
             parts = self._parts(node, name)

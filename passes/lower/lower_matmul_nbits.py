@@ -11,6 +11,7 @@ from qcompiler.execution.ort_fusion import (
     is_fused_by_runtime,
     is_half_in_body,
     is_plain_product,
+    reads_codes,
     weight_path,
 )
 from qcompiler.ir.byte_codes import (
@@ -186,7 +187,11 @@ def _unfused(model: ir.Model) -> list[ir.Node]:
     found = []
     for node in all_nodes(model):
         path = weight_path(node) if is_op(node, "MatMul", "Gemm") else None
-        if path is not None and not is_fused_by_runtime(node, path, model.graph):
+        if (
+            path is not None
+            and not reads_codes(node)
+            and not is_fused_by_runtime(node, path, model.graph)
+        ):
             found.append(node)
     return found
 

@@ -13,12 +13,20 @@ import onnx_ir as ir
 from qcompiler.errors import ModelError
 from qcompiler.ir.dataflow import all_nodes, node_label
 from qcompiler.ir.editing import add_initializer, fresh_name, value_names
-from qcompiler.ir.provenance import BYTES_AFTER, SCHEME, SQNR, annotate, scheme_of
+from qcompiler.ir.provenance import (
+    BYTES_AFTER,
+    PAIR_LIMIT,
+    QUANTIZED_INPUTS,
+    SCHEME,
+    SQNR,
+    annotate,
+    scheme_of,
+)
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.weights import WeightStore, read_slice
 from qcompiler.quant.granularity import PerAxis, PerBlock
 from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
-from qcompiler.quant.scheme import QSpec
+from qcompiler.quant.scheme import PairLimit, QSpec
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -170,7 +178,9 @@ def _free_stem(wanted: str, taken: set[str]) -> str:
 def _spec(site: Site) -> QSpec:
     scheme = scheme_of(site.node)
     assert scheme is not None
-    return scheme.weight_spec(site.granularity(scheme))
+    limit = site.node.metadata_props.get(PAIR_LIMIT)
+    pairs = None if limit is None else PairLimit(int(limit), site.reduction_axes)
+    return scheme.weight_spec(site.granularity(scheme), pairs)
 
 
 def _quantize_in_slices(
@@ -180,17 +190,19 @@ def _quantize_in_slices(
     axis, slices = _plan_slices(site, spec)
     scale_dtype = np.dtype(tensor.dtype.numpy())
     code_type = ir.DataType[spec.qtype.onnx_name]
+    # ONNX Runtime makes a QGemm only where the weight says that its zero point is 0.
+    stated = QUANTIZED_INPUTS in site.node.metadata_props
     if len(slices) == 1:
         whole = quantize_tensor(reader.read(tensor, 0, 0, site.shape[0]), spec, method, scale_dtype)
         codes = store.put(f"{name}.codes", whole.codes, code_type)
-        return _weight(name, codes, [whole], axis, code_type, store)
+        return _weight(name, codes, [whole], axis, code_type, store, state_zeros=stated)
     writer = store.open_tensor(f"{name}.codes", code_type, site.shape)
     parts: list[QuantizedTensor] = []
     for start, stop in slices:
         part = quantize_tensor(reader.read(tensor, axis, start, stop), spec, method, scale_dtype)
         writer.write_slice(axis, start, part.codes)
         parts.append(_without_codes(part))
-    return _weight(name, writer.finish(), parts, axis, code_type, store)
+    return _weight(name, writer.finish(), parts, axis, code_type, store, state_zeros=stated)
 
 
 def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
@@ -228,13 +240,19 @@ def _weight(
     axis: int,
     code_type: ir.DataType,
     store: WeightStore,
+    *,
+    state_zeros: bool,
 ) -> QuantizedWeight:
-    """Join the scales of slices cut along `axis` and keep them in the store."""
+    """Join the scales of slices cut along `axis` and keep them in the store.
+
+    With `state_zeros` a symmetric weight gets zero points of 0, rather than none.
+    """
     scale = _join([part.scale for part in parts], axis)
+    points = [part.zero_point for part in parts if part.zero_point is not None]
     zero_point = None
-    if all(part.zero_point is not None for part in parts):
-        points = _join([part.zero_point for part in parts if part.zero_point is not None], axis)
-        zero_point = store.put(f"{name}.zero_point", points, code_type)
+    if points or state_zeros:
+        joined = _join(points, axis) if points else np.zeros(scale.shape, code_type.numpy())
+        zero_point = store.put(f"{name}.zero_point", joined, code_type)
     return QuantizedWeight(
         codes,
         store.put(f"{name}.scale", scale, ir.DataType.from_numpy(scale.dtype)),

@@ -1,104 +1,155 @@
-"""Inputs to run a model on: from an .npz file, or made up from the model's signature."""
+"""Inputs to run a model on: opens whatever a user names as their source."""
 
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompiler.calibration import array_files, image_folder, token_text
+from qcompiler.calibration.array_files import open_array_files
+from qcompiler.calibration.calls import Feeds, SampleOptions, Samples, warnings
+from qcompiler.calibration.folder_files import has_files
+from qcompiler.calibration.image_folder import open_images
+from qcompiler.calibration.onnx_test_data import is_test_data, open_test_data
+from qcompiler.calibration.polygraphy_inputs import open_polygraphy_inputs
+from qcompiler.calibration.python_source import open_function
+from qcompiler.calibration.random_inputs import open_random, synthetic_feeds
+from qcompiler.calibration.signature import Signature, read_signature
+from qcompiler.calibration.token_text import open_texts
 from qcompiler.errors import UsageError
 
-Feeds = dict[str, npt.NDArray[Any]]
-"""One call's inputs: input name to array."""
+__all__ = [
+    "KINDS",
+    "Feeds",
+    "SampleOptions",
+    "Samples",
+    "load_feeds",
+    "open_samples",
+    "synthetic_feeds",
+    "warnings",
+]
 
-_SYMBOLIC_SIZE = 4
-_UNREADABLE = (
-    *(OSError, EOFError, TypeError, ValueError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error),
-)
-"""What NumPy and zipfile raise on files that are damaged or something else."""
+_Opener = Callable[[Path, Signature, SampleOptions], Samples]
+
+_FILES: Final[Mapping[str, _Opener]] = {
+    "arrays": open_array_files,
+    "images": open_images,
+    "onnx": open_test_data,
+    "polygraphy": open_polygraphy_inputs,
+    "text": open_texts,
+}
+KINDS: Final = (*_FILES, "python", "random")
+"""What a source may begin with, as in `images:FOLDER`, to say what it is."""
+
+_SUFFIXES: Final = {
+    "arrays": array_files.SUFFIXES,
+    "images": image_folder.SUFFIXES,
+    "polygraphy": frozenset({".json"}),
+    "text": token_text.SUFFIXES,
+}
+_IN_FOLDERS: Final = ("arrays", "images")
+_FUNCTION: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def synthetic_feeds(model: ir.Model, *, seed: int) -> Feeds:
-    """Make up one call's inputs from the model's signature.
+def open_samples(source: str, model: ir.Model, options: SampleOptions) -> Samples:
+    """Open a source of samples.
 
-    Floats are drawn from N(0, 1), integers are 1 (a valid token, mask and index almost
-    everywhere), booleans are true. A symbolic dimension is 4, each name once. Such inputs show
-    whether two graphs compute the same function; they say nothing about accuracy on real data.
+    Args:
+        source: A .npz or .npy file or a folder of them, a folder of ONNX test data, Polygraphy
+            inputs (.json), texts (.txt, .jsonl), an image or a folder of images,
+            `module:function`, `random` or `random:N`; with one of `KINDS` and a colon before it
+            where it is not clear what it is.
+        model: The model that the samples are for.
+        options: How they are read.
 
     Raises:
-        UsageError: An input has a type that nothing sensible can be made up for.
+        UsageError: It is not clear what the source is, it cannot be read, or does not fit the
+            model. Damage that shows late is raised on reading.
     """
-    generator = np.random.default_rng(seed)
-    return {str(v.name): _made_up(v, generator) for v in model.graph.inputs}
-
-
-def _made_up(value: ir.Value, generator: np.random.Generator) -> npt.NDArray[Any]:
-    if value.dtype is None or value.shape is None:
-        message = "has no tensor type or no rank, so no input can be made up for it"
-        raise UsageError(message, where=f"input {value.name}", hint="pass --samples FILE.npz")
-    shape = tuple(dim if isinstance(dim, int) else _SYMBOLIC_SIZE for dim in value.shape)
-    if value.dtype.is_floating_point():
-        return generator.standard_normal(shape).astype(value.dtype.numpy())
-    if value.dtype == ir.DataType.STRING:
-        message = "is a string tensor, and no text can be made up for it"
-        raise UsageError(message, where=f"input {value.name}", hint="pass --samples FILE.npz")
-    return np.ones(shape, dtype=value.dtype.numpy())
+    for name in ("max_samples", "batch_size", "sequence_length", "max_tokens", "max_bytes"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            message = f"is {number}, and must be at least 1"
+            raise UsageError(message, where=name)
+    try:
+        kind, place = _recognize(source)
+        if kind == "random":
+            return open_random(_count(place), model, options)
+        signature = read_signature(model)
+        if kind == "python":
+            return open_function(place, signature, options)
+        return _FILES[kind](_existing(place), signature, options)
+    except OSError as error:
+        message = f"cannot be read: {error.strerror or error}"
+        raise UsageError(message, where=source, hint=_known_sources()) from error
 
 
 def load_feeds(path: Path, model: ir.Model) -> Feeds:
-    """Read one call's inputs from an .npz file whose keys are the model's input names.
+    """Read the first call's inputs from an .npz file (see `array_files`).
 
     Raises:
-        UsageError: Not an .npz file, holds pickled objects, names an input the model does not
-            have or lacks one it has, or an array has another type than its input.
+        UsageError: Not an .npz file, holds pickled objects, or does not fit the model's inputs.
     """
-    try:
-        arrays = _read(path)
-    except _UNREADABLE as error:
-        message = f"cannot be read as an .npz file of plain arrays: {error}"
-        raise UsageError(message, where=str(path), hint="np.savez writes such a file") from error
-    return _matched(arrays, model, str(path))
+    samples = open_array_files(path, read_signature(model), SampleOptions(max_samples=1))
+    return next(iter(samples))
 
 
-def _read(path: Path) -> Feeds:
-    with path.open("rb") as file:
-        found = np.load(file, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            message = "it holds one array without a name"
-            raise TypeError(message)
-        return {name: np.asarray(found[name]) for name in found.files}
+def _recognize(source: str) -> tuple[str, str]:
+    """Return the kind of a source, and the source without it."""
+    if source == "random":
+        return "random", ""
+    kind, separator, place = source.partition(":")
+    if separator and kind in KINDS:
+        return kind, place
+    path = Path(source)
+    if path.is_dir():
+        return _recognize_folder(path), source
+    if not path.exists() and _FUNCTION.fullmatch(source):
+        return "python", source
+    for kind, suffixes in _SUFFIXES.items():
+        if path.suffix.lower() in suffixes:
+            return kind, source
+    problem = "its name does not say what it is" if path.exists() else "there is no such file"
+    raise UsageError(problem, where=source, hint=_known_sources())
 
 
-def _matched(arrays: Mapping[str, npt.NDArray[Any]], model: ir.Model, where: str) -> Feeds:
-    wanted = {str(v.name): v for v in model.graph.inputs}
-    if set(arrays) != set(wanted):
-        message = f"holds {_listed(arrays)}, and the model's inputs are {_listed(wanted)}"
-        parts = (
-            ("missing", wanted.keys() - arrays.keys()),
-            ("not in the model", arrays.keys() - wanted.keys()),
-        )
-        hint = "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
-        raise UsageError(message, where=where, hint=hint)
-    for name, value in wanted.items():
-        if value.dtype is not None and not _holds(arrays[name], value.dtype):
-            expected = value.dtype.numpy()
-            message = f"holds {arrays[name].dtype} for input {name}, which takes {value.dtype}"
-            raise UsageError(
-                message, where=where, hint=f"convert it with .astype({str(expected)!r})"
-            )
-    return {name: arrays[name] for name in wanted}
+def _recognize_folder(folder: Path) -> str:
+    if is_test_data(folder):
+        return "onnx"
+    found = [
+        kind
+        for kind in _IN_FOLDERS
+        if has_files(folder, _SUFFIXES[kind], recursive=kind == "images")
+    ]
+    if len(found) == 1:
+        return found[0]
+    message = f"holds both {' and '.join(found)}" if found else "holds nothing that can be read"
+    hint = " or ".join(f"{kind}:{folder}" for kind in found) or _known_sources()
+    raise UsageError(message, where=str(folder), hint=hint)
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
+def _existing(place: str) -> Path:
+    path = Path(place)
+    if not path.exists():
+        message = "there is no such file or folder"
+        raise UsageError(message, where=place, hint=_known_sources())
+    return path
 
 
-def _holds(array: npt.NDArray[Any], dtype: ir.DataType) -> bool:
-    if dtype == ir.DataType.STRING:
-        return array.dtype.kind == "U"  # an .npz holds texts of Python type only as a pickle
-    return bool(array.dtype == dtype.numpy())
+def _count(text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()) or not int(text):
+        message = f"{text!r} is no number of calls"
+        raise UsageError(message, where=f"random:{text}", hint="random:16, or python:MODULE:NAME")
+    return int(text)
+
+
+def _known_sources() -> str:
+    return (
+        "a source is a .npz, .npy, .json (Polygraphy), .txt or .jsonl file, a folder of arrays, "
+        "images or ONNX test data, module:function, or random; KIND: before it says what it is, "
+        f"with KIND one of {', '.join(KINDS)}"
+    )

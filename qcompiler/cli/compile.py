@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
-from qcompiler.cli.options import MODEL, plan_options
+from qcompiler.cli.options import MODEL, calibration_of, calibration_options, plan_options
 
 
 @click.command("compile")
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
 @plan_options
+@calibration_options
 @click.option(
     "--verify",
     type=click.Choice(["structure", "numerics"]),
@@ -56,8 +57,12 @@ def command(
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report
 
+    seed = others["seed"]
+    calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
+        calibration=calibration,
+        seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),
         custom_op_libraries=custom_ops,
@@ -69,9 +74,9 @@ def command(
         click.echo(report_json(result.report), nl=False)
         return
     print_report(result.report, result.path)
-    if options.scheme is None and options.recipe is None:
+    if options.scheme is None and options.recipe is None and calibration is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "
-            "the safest saving without data. With calibration data, which this version does not "
-            "take yet, activations could go to int8 as well, which is faster at large batch."
+            "the safest saving without data. With --calibration DATA, activations go to int8 as "
+            "well, which is faster."
         )

@@ -1,12 +1,30 @@
 """Options that several commands share."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qcompiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcompiler.pipeline import CalibrationOptions
+
 MODEL = click.Path(path_type=Path)
+
+SOURCE_HELP = (
+    "Samples: .npz/.npy or a folder of them, ONNX test_data_set folders, Polygraphy .json, "
+    ".txt/.jsonl with --tokenizer, a folder of images with --image-spec, MODULE:FUNCTION, random."
+)
+
+DEFAULT_PERCENTILE = 99.99
+"""As in `calibration.observers`, which is not imported for `--help`."""
+_CALIBRATION = (
+    *("calibration", "max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
+    *("observer", "percentile", "outlier_channels", "memory_budget", "statistics", "seed"),
+)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,3 +59,108 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where samples are and how ranges are found."""
+    decorators: list[Decorator] = [
+        click.option("--calibration", metavar="DATA", help=SOURCE_HELP),
+        click.option(
+            "--max-samples", type=click.IntRange(min=1), help="Use at most so many.  [default: all]"
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), help="Samples in one call of the model."
+        ),
+        click.option("--tokenizer", type=MODEL, metavar="FILE", help="tokenizer.json, for texts."),
+        click.option(
+            "--sequence-length",
+            type=click.IntRange(min=1),
+            help="Pack texts to so many tokens.  [default: one text a row]",
+        ),
+        click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file."),
+        click.option(
+            "--observer",
+            type=click.Choice(["min-max", "percentile", "mse", "entropy"]),
+            default="percentile",
+            show_default=True,
+            help="How ranges of activations are chosen.",
+        ),
+        click.option(
+            "--percentile",
+            type=click.FloatRange(0, 100, min_open=True),
+            default=DEFAULT_PERCENTILE,
+            show_default=True,
+            help="Percent of the values to keep, for that observer.",
+        ),
+        click.option(
+            "--outlier-channels",
+            type=click.IntRange(min=0),
+            default=8,
+            show_default=True,
+            help="Channels of one activation that may stay in float at most.",
+        ),
+        click.option(
+            "--memory-budget",
+            default="2GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="What calibration may take, such as 512MiB.",
+        ),
+        click.option(
+            "--statistics",
+            type=MODEL,
+            metavar="FILE",
+            help="Keep what calibration saw; read it if it is there.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of random samples."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
+    """Take the values of `calibration_options` out of a command's, and make one object of them.
+
+    Raises:
+        UsageError: A value cannot be used, or belongs to samples and there are none.
+    """
+    from qcompiler.calibration.calls import SampleOptions
+    from qcompiler.calibration.observers import Observer
+    from qcompiler.pipeline import CalibrationOptions
+
+    taken = {name: values.pop(name) for name in _CALIBRATION}
+    budget = parse_size(taken["memory_budget"])
+    if taken["calibration"] is None:
+        return None
+    return CalibrationOptions(
+        source=taken["calibration"],
+        samples=SampleOptions(
+            max_samples=taken["max_samples"],
+            batch_size=taken["batch_size"],
+            seed=taken["seed"],
+            tokenizer=taken["tokenizer"],
+            sequence_length=taken["sequence_length"],
+            image_spec=taken["image_spec"],
+        ),
+        observer=Observer(taken["observer"]),
+        percentile=taken["percentile"],
+        outlier_channels=taken["outlier_channels"],
+        memory_budget=budget,
+        statistics=taken["statistics"],
+    )
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes such as "512MiB", "2GB" or "1000000".
+
+    Raises:
+        UsageError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        message = f"{text!r} is no size"
+        raise UsageError(message, hint="write it like 512MiB or 2GB")
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qcompiler.cli.options import MODEL, plan_options
+from qcompiler.cli.options import MODEL, calibration_of, calibration_options, plan_options
 
 
 @click.command("run-pass")
@@ -14,6 +14,7 @@ from qcompiler.cli.options import MODEL, plan_options
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=MODEL, required=True, help="Where the model goes.")
 @plan_options
+@calibration_options
 def command(
     name: str,
     model: Path,
@@ -24,18 +25,21 @@ def command(
 ) -> None:
     """Run the pass NAME over MODEL, verify what it made, and write it to OUTPUT."""
     from qcompiler.cli.progress import terminal_progress
+    from qcompiler.ir.fingerprint import fingerprint
     from qcompiler.ir.load import load_model
     from qcompiler.ir.save import save_model
     from qcompiler.ir.weights import WeightStore
-    from qcompiler.pipeline import CompileOptions, make_plan, pass_named
+    from qcompiler.pipeline import CompileOptions, make_plan, pass_named, with_data
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
     from qcompiler.rewriting.manager import PassManager
 
     method = None if weight_range is None else RangeMethod(weight_range)
-    plan = make_plan(CompileOptions(recipe=recipe, weight_range=method, **others))
-    rewrite = pass_named(name, plan)
+    calibration = calibration_of(others)
+    options = CompileOptions(recipe=recipe, calibration=calibration, weight_range=method, **others)
     graph = load_model(model)
+    plan = with_data(make_plan(options), graph, lambda: fingerprint(model))
+    rewrite = pass_named(name, plan)
     with (
         terminal_progress() as progress,
         tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch,

@@ -236,6 +236,9 @@ def _kernel_of(node: ir.Node, made: Mapping[str, ir.Node]) -> Kernel | None:
     A fused node keeps the name of its last output, which may be that of a bias or activation
     behind the node; a cast or a change of layout may lie between the kernel and that name.
     """
+    replaced = made.get(node.name or "")
+    if replaced is not None and replaced.op_type in _INTEGER_KERNELS:
+        return _describe(replaced, made)
     pending = [value for value in node.outputs if value.name]
     for _ in range(_DEPTH):
         for value in pending:

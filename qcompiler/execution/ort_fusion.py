@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix, tensor_of
-from qcompiler.ir.dataflow import int_attribute, ints_attribute, is_op
+from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op
 
 _TWO_BIT_OUTPUTS = 4
 
@@ -71,6 +71,20 @@ def weight_path(node: ir.Node) -> WeightPath | None:
         return None
     turned = is_op(node, "Gemm") and int_attribute(node, "transB", 0) == 1
     return WeightPath(matrix, transpose, turned != (transpose is not None))
+
+
+def reads_codes(node: ir.Node) -> bool:
+    """Whether the data input of an op is dequantized right before it: then it has integer kernels.
+
+    A DequantizeLinear of constants does not count; it gives a weight.
+    """
+    data = node.inputs[0] if node.inputs else None
+    producer = data.producer() if data is not None else None
+    return (
+        producer is not None
+        and is_op(producer, "DequantizeLinear")
+        and constant_of(producer.inputs[0]) is None
+    )
 
 
 def is_plain_product(node: ir.Node) -> bool:

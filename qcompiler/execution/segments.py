@@ -4,6 +4,7 @@ What a runtime fuses lies close together, so a stretch of consecutive nodes show
 as the whole model, in a fraction of its memory.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
@@ -30,6 +31,7 @@ _STRUCTURAL_BYTES: Final = 1024
 """Small integers are shapes and axes, which decide what is fused; other values do not."""
 
 _BLOCKED_LAYOUT: Final = "com.microsoft.nchwc"
+_REPLACED: Final = re.compile(r"(_token_\d+)+$")
 _PRECISION_CAST: Final = "InsertedPrecisionFreeCast_"
 
 
@@ -248,14 +250,18 @@ def producers_by_name(graphs: Sequence[ir.Graph]) -> Mapping[str, ir.Node]:
     """Return which node computes each named value of some optimized graphs.
 
     A node in ONNX Runtime's blocked layout computes a value of a new name, and is itself named
-    after the value it stands for. One that computes a 16-bit float value in 32 bits gives it a
-    prefix.
+    after the value it stands for; one that its optimizer replaced or moved keeps the name of the
+    node it stands for, with a number behind, and is found under that. One that computes a 16-bit
+    float value in 32 bits gives it a prefix.
     """
     found: dict[str, ir.Node] = {}
     for node in (node for graph in graphs for node in graph):
         if node.domain == _BLOCKED_LAYOUT and node.name:
             found[node.name.removesuffix("_nchwc")] = node
         found.update({value.name: node for value in node.outputs if value.name})
+    for node in (node for graph in graphs for node in graph):
+        if node.name and _REPLACED.search(node.name):
+            found.setdefault(_REPLACED.sub("", node.name), node)
     for name, node in list(found.items()):
         found.setdefault(name.removeprefix(_PRECISION_CAST), node)
     return found

@@ -29,6 +29,26 @@ WEIGHT: Final = "qcompiler.weight"
 """On a node: name of the source weight, which tied sites share."""
 ELEMENTS: Final = "qcompiler.weight_elements"
 """On a node: number of elements of its weight."""
+PAIR_LIMIT: Final = "qcompiler.pair_limit"
+"""On a node: what neighbouring codes of its weight may add up to (`quant.scheme.PairLimit`)."""
+PLACEMENT: Final = "qcompiler.placement"
+"""On a node that works on quantized activations: the rule of the target's placement table."""
+QUANTIZED_INPUTS: Final = "qcompiler.quantized_inputs"
+"""On such a node: positions of the inputs it reads quantized, a JSON list."""
+REGION: Final = "qcompiler.region"
+"""On such a node: number of the stretch of nodes that hand each other quantized values."""
+FLOAT_REASON: Final = "qcompiler.float_reason"
+"""On a node between quantized values that is not quantized itself: why."""
+QUANTIZER: Final = "qcompiler.quantizer"
+"""On a value that is to be quantized: integer type and symmetry of its codes, "uint8:asym"."""
+SHARES: Final = "qcompiler.shares"
+"""On such a value: name of the value whose scale it has."""
+RANGE: Final = "qcompiler.range"
+"""On such a value: the numbers its smallest and largest code stand for, a JSON list."""
+OUTLIERS: Final = "qcompiler.outlier_channels"
+"""On such a value: channels of its last axis that stay in float, a JSON list."""
+ACTIVATION_SQNR: Final = "qcompiler.activation_sqnr_db"
+"""On such a value: signal to rounding noise ratio on the samples, in dB, without its outliers."""
 CREATED_BY: Final = "qcompiler.created_by"
 """On a node that a pass made: the pass's name."""
 ORIGIN: Final = "qcompiler.origin"
@@ -39,8 +59,8 @@ STAGE: Final = "qcompiler.stage"
 """On the model: the stage it has reached."""
 
 
-def annotate(node: ir.Node, **facts: str | float | int) -> None:
-    """Write facts on a node; keys are given without the prefix, floats keep three decimals.
+def annotate(node: ir.Node | ir.Value, **facts: str | float | int) -> None:
+    """Write facts on a node or value; keys come without the prefix, floats keep three decimals.
 
     `annotate(node, scheme="w8a16", weight_sqnr_db=43.1)` sets `qcompiler.scheme` and
     `qcompiler.weight_sqnr_db`.
@@ -69,9 +89,12 @@ def origins_of(node: ir.Node) -> tuple[str, ...]:
 
 def forget(model: ir.Model) -> None:
     """Remove what this compiler wrote on a model before, so that no stale claim is believed."""
-    owners: list[ir.Model | ir.Node] = [model, *model.graph.all_nodes()]
+    owners: list[ir.Model | ir.Node | ir.Value] = [model, *model.graph.inputs]
+    nodes = [*model.graph.all_nodes()]
     for function in model.functions.values():
-        owners.extend(function.all_nodes())
+        nodes += function.all_nodes()
+    for node in nodes:
+        owners += [node, *node.outputs]
     for owner in owners:
         for key in [key for key in owner.metadata_props if key.startswith(PREFIX)]:
             del owner.metadata_props[key]

@@ -220,6 +220,12 @@ class Site:
         return self.shape[self.axes.reduction]
 
     @property
+    def reduction_axes(self) -> tuple[int, ...]:
+        """All axes but that of output channels, input channels last: how kernels sum."""
+        others = (axis for axis in range(len(self.shape)) if axis != self.axes.output)
+        return tuple(sorted(others, key=lambda axis: axis == self.axes.reduction))
+
+    @property
     def outputs(self) -> int:
         """Number of output channels."""
         return 1 if self.axes.output is None else self.shape[self.axes.output]

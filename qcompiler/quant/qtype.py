@@ -39,8 +39,6 @@ class QType:
 
 INT8 = QType("int8", 8, -128, 127, "INT8", 8)
 UINT8 = QType("uint8", 8, 0, 255, "UINT8", 8)
-INT7 = QType("int7", 7, -64, 63, "INT8", 8)
-"""Reduced-range int8: two products of 8-bit activations fit 16-bit accumulators."""
 INT4 = QType("int4", 4, -8, 7, "INT4", 4)
 UINT4 = QType("uint4", 4, 0, 15, "UINT4", 4)
 INT3 = QType("int3", 3, -4, 3, "INT4", 4)
@@ -48,7 +46,21 @@ UINT3 = QType("uint3", 3, 0, 7, "UINT4", 4)
 INT2 = QType("int2", 2, -2, 1, "INT2", 2)
 UINT2 = QType("uint2", 2, 0, 3, "UINT2", 2)
 
-QTYPES = (INT8, UINT8, INT7, INT4, UINT4, INT3, UINT3, INT2, UINT2)
+QTYPES = (INT8, UINT8, INT4, UINT4, INT3, UINT3, INT2, UINT2)
+
+
+def qtype_named(name: str) -> QType:
+    """Return the type called `name`, such as "uint8".
+
+    Raises:
+        UsageError: No such type; the message lists the ones that exist.
+    """
+    for qtype in QTYPES:
+        if qtype.name == name:
+            return qtype
+    known = ", ".join(qtype.name for qtype in QTYPES)
+    message = f"{name!r} is not an integer type"
+    raise UsageError(message, hint=f"known: {known}")
 
 
 def qtype_of(bits: int, *, signed: bool) -> QType:

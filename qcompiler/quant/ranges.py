@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from qcompiler.quant.arithmetic import check_float_dtype
 from qcompiler.quant.clipping import GridSearch
-from qcompiler.quant.granularity import PerTensor, scale_shape
+from qcompiler.quant.granularity import PerAxis, PerTensor, scale_shape
 from qcompiler.quant.grouping import Array, scale_sections, value_sections
 from qcompiler.quant.packing import IntArray
-from qcompiler.quant.scheme import QSpec
+from qcompiler.quant.pairs import quantize_rows, reduction_rows, restore_rows
+from qcompiler.quant.scheme import PairLimit, QSpec
 from qcompiler.quant.tiles import strips
 
 
@@ -80,6 +81,8 @@ def quantize_tensor(
     """
     check_float_dtype(values.dtype, "values")
     check_float_dtype(np.dtype(scale_dtype), "scales")
+    if spec.pairs is not None:
+        return _quantize_pairs(values, spec, spec.pairs, scale_dtype)
     qtype = spec.qtype
     shape = scale_shape(values.shape, spec.granularity)
     codes = np.empty(values.shape, np.int8 if qtype.signed else np.uint8)
@@ -115,3 +118,26 @@ def quantize_tensor(
             signal += chosen.squared_signal
             error += chosen.squared_error
     return QuantizedTensor(codes, scale, None if absent else zero_point, error, signal)
+
+
+def _quantize_pairs(
+    values: Array, spec: QSpec, pairs: PairLimit, scale_dtype: npt.DTypeLike
+) -> QuantizedTensor:
+    """Quantize with min-max ranges widened to what neighbouring codes may add up to."""
+    if not isinstance(spec.granularity, PerAxis) or not (spec.symmetric and spec.qtype.signed):
+        message = "neighbouring codes are limited in signed symmetric per-axis types only"
+        raise ValueError(message)
+    axis = spec.granularity.axis
+    rows = np.ascontiguousarray(reduction_rows(values, axis, pairs), np.float32)
+    if not np.isfinite(rows).all():
+        message = "values hold NaN or infinity"
+        raise ValueError(message)
+    codes, scale = quantize_rows(rows, pairs, spec.qtype.qmax, scale_dtype)
+    restored = codes.astype(np.float32) * scale.astype(np.float32)[:, np.newaxis]
+    return QuantizedTensor(
+        np.ascontiguousarray(restore_rows(codes, values.shape, axis, pairs)),
+        scale,
+        None,
+        float(np.square(restored - rows, dtype=np.float64).sum()),
+        float(np.square(rows, dtype=np.float64).sum()),
+    )

@@ -10,6 +10,25 @@ from qcompiler.quant.qtype import QType, qtype_of
 
 
 @dataclass(frozen=True, slots=True)
+class PairLimit:
+    """A bound on codes that a kernel multiplies and adds in pairs before it widens the sum.
+
+    Integer kernels of CPUs without VNNI add two products of an unsigned 8-bit activation and a
+    signed 8-bit weight in 16 bits, and saturate. Where no two neighbouring weight codes of one
+    sign add up to more than 128, the sum stays within 255 * 128, and nothing saturates.
+
+    Attributes:
+        limit: The largest sum of the magnitudes of two neighbouring codes of one sign.
+        axes: The reduction axes of the weight, outermost first, in the order of the kernel's sum:
+            `(0,)` for a MatMul's [K, N], `(2, 3, 1)` for a Conv's [M, C, kH, kW], which kernels
+            read channels last. The codes 2i and 2i+1 along them are neighbours.
+    """
+
+    limit: int
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class QSpec:
     """How one tensor is quantized.
 
@@ -17,11 +36,13 @@ class QSpec:
         qtype: The integer type of the codes.
         granularity: How many elements share a scale.
         symmetric: Whether the zero point is fixed at 0 (signed) or mid-range (unsigned).
+        pairs: What neighbouring codes must keep to, None where kernels do not saturate.
     """
 
     qtype: QType
     granularity: Granularity
     symmetric: bool
+    pairs: PairLimit | None = None
 
 
 class Activations(StrEnum):
@@ -31,6 +52,8 @@ class Activations(StrEnum):
     """Stays in the model's float type: weight-only quantization."""
     DYNAMIC = "dynamic"
     """Quantized at run time, per tensor, from its own minimum and maximum."""
+    STATIC = "static"
+    """Quantized with a scale found by calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +69,11 @@ class QScheme:
     | `w4a16:b128`     | 4 bit, blocks of 128            | float                   |
     | `w3a16:b128`     | 3 bit, stored in 4              | float                   |
     | `w2a16:b64:asym` | 2 bit, blocks of 64, zero point | float                   |
+    | `w8a8`           | 8 bit, per output channel       | 8 bit, calibrated       |
     | `w8a8-dynamic`   | 8 bit, per output channel       | 8 bit, scaled per run   |
-    | `w7a8-dynamic`   | 7 bit, stored in 8              | the same; no saturation |
 
     Attributes:
-        weight_bits: 8, 7, 4, 3 or 2.
+        weight_bits: 8, 4, 3 or 2.
         activations: Treatment of the data input.
         block_size: Elements per scale along the reduction axis; None is per output channel.
         symmetric: Whether weights have no zero point; None leaves the choice to the target.
@@ -62,16 +85,14 @@ class QScheme:
     symmetric: bool | None = None
 
     def __str__(self) -> str:
-        text = f"w{self.weight_bits}" + (
-            "a8-dynamic" if self.activations is Activations.DYNAMIC else "a16"
-        )
+        text = f"w{self.weight_bits}a{_TEXT_OF[self.activations]}"
         if self.block_size is not None:
             text += f":b{self.block_size}"
         if self.symmetric is not None:
             text += ":sym" if self.symmetric else ":asym"
         return text
 
-    def weight_spec(self, granularity: Granularity) -> QSpec:
+    def weight_spec(self, granularity: Granularity, pairs: PairLimit | None = None) -> QSpec:
         """Bind the weights to a granularity with real axes.
 
         Raises:
@@ -80,8 +101,16 @@ class QScheme:
         if self.symmetric is None:
             message = f"the symmetry of {self} is undecided"
             raise ValueError(message)
-        return QSpec(qtype_of(self.weight_bits, signed=self.symmetric), granularity, self.symmetric)
+        qtype = qtype_of(self.weight_bits, signed=self.symmetric)
+        return QSpec(qtype, granularity, self.symmetric, pairs)
 
+
+_TEXT_OF = {
+    Activations.FLOAT: "16",
+    Activations.DYNAMIC: "8-dynamic",
+    Activations.STATIC: "8",
+}
+_ACTIVATIONS = {text: activations for activations, text in _TEXT_OF.items()}
 
 FLOAT = "float"
 """Text form of "leave this op in float"; `parse_scheme` gives None for it."""
@@ -89,8 +118,8 @@ FLOAT = "float"
 SCHEME_FORMS = (
     "float",
     "w8a16",
+    "w8a8",
     "w8a8-dynamic",
-    "w7a8-dynamic",
     "w4a16:b32",
     "w4a16:b128",
     "w3a16:b128",
@@ -99,7 +128,7 @@ SCHEME_FORMS = (
 """Examples of every family, for messages and `--list schemes`; block sizes are free."""
 
 _PATTERN = re.compile(
-    r"w(?P<weight>[23478])a(?P<activation>16|8-dynamic)"
+    r"w(?P<weight>[2348])a(?P<activation>16|8-dynamic|8)"
     r"(?::b(?P<block>\d{1,6}))?(?::(?P<symmetry>sym|asym))?"
 )
 
@@ -120,20 +149,18 @@ def parse_scheme(text: str) -> QScheme | None:
             hint=f"forms: {', '.join(SCHEME_FORMS)}; append :sym or :asym to fix the zero point",
         )
     block = int(match["block"]) if match["block"] else None
-    dynamic = match["activation"] != "16"
+    activations = _ACTIVATIONS[match["activation"]]
     if block is not None and (block < 16 or block & (block - 1)):
         message = f"block size {block} of {text!r} is not a power of two of at least 16"
         raise UsageError(message, hint="kernels exist for 16, 32, 64, 128, 256, ...")
-    if dynamic and (match["weight"] not in "78" or block is not None):
-        message = f"{text!r}: dynamic activations need 8- or 7-bit weights per output channel"
-        raise UsageError(message, hint="use w8a8-dynamic")
-    if match["weight"] == "7" and not dynamic:
-        message = f"{text!r}: 7-bit weights are for 8-bit activations, which they cannot saturate"
-        raise UsageError(message, hint="use w8a16")
+    whole_bytes = match["weight"] == "8" and block is None
+    if activations is not Activations.FLOAT and not whole_bytes:
+        message = f"{text!r}: 8-bit activations need 8-bit weights per output channel"
+        raise UsageError(message, hint="use w8a8 or w8a8-dynamic")
     symmetric = None if match["symmetry"] is None else match["symmetry"] == "sym"
     return QScheme(
         int(match["weight"]),
-        Activations.DYNAMIC if dynamic else Activations.FLOAT,
+        activations,
         block,
         symmetric,
     )

@@ -192,6 +192,8 @@ def _planned_type(node: ir.Node) -> QType | None:
     """
     if CREATED_BY not in node.metadata_props or not is_op(node, "DequantizeLinear"):
         return None
+    if constant_of(node.inputs[0]) is None:
+        return None  # an activation, whose type the placement table says
     readers = [use.node for use in node.outputs[0].uses()]
     while readers:
         reader = readers.pop(0)

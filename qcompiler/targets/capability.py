@@ -6,8 +6,8 @@ request to `resolve`, which finds the first row that fits and says why, or why n
 
 from dataclasses import dataclass, replace
 
-from qcompiler.quant.qtype import QType
-from qcompiler.quant.scheme import QScheme
+from qcompiler.quant.scheme import Activations, QScheme
+from qcompiler.targets.placement import Placement
 from qcompiler.targets.rows import LoweredOp, OpType, Refusal, Row, Substitute, WeightUse
 
 
@@ -27,6 +27,7 @@ class SchemeRequest:
         transposed: Whether the weight reaches the op through a Transpose (or Gemm's transB).
         tied: Whether several ops share the weight.
         left: Whether the weight is the first input of a matrix product.
+        in_body: Whether the op lies in an If, Loop or Scan body.
     """
 
     op_type: str
@@ -40,6 +41,7 @@ class SchemeRequest:
     transposed: bool = False
     tied: bool = False
     left: bool = False
+    in_body: bool = False
 
     @property
     def op(self) -> OpType:
@@ -69,13 +71,13 @@ class Resolution:
         scheme: The scheme with block size and symmetry decided, None for float.
         rule: Short name of the table row or refusal that decided.
         reason: Why, one sentence.
-        weight_type: The integer type of the codes where it is narrower than the scheme's own.
+        pair_limit: What two neighbouring codes of one sign may add up to; None is no limit.
     """
 
     scheme: QScheme | None
     rule: str
     reason: str
-    weight_type: QType | None = None
+    pair_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,14 @@ class Target:
         opset_min: Lowest ONNX opset it loads.
         opset_max: Highest.
         default_scheme: Text form of what ops are asked to get when nothing was said.
-        min_elements: Weights with fewer elements stay in float.
+        calibrated_scheme: The same where there are samples to calibrate on.
+        min_elements: Weights with fewer elements stay in float, but where their op works on
+            quantized activations.
         min_elements_reason: Why, a clause.
         rows: What it can run, the best first.
         refusals: What it cannot.
         substitutes: What to try instead.
+        placement: Where it wants quantized activations.
         lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
         lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
     """
@@ -102,11 +107,13 @@ class Target:
     opset_min: int
     opset_max: int
     default_scheme: str
+    calibrated_scheme: str
     min_elements: int
     min_elements_reason: str
     rows: tuple[Row, ...]
     refusals: tuple[Refusal, ...]
     substitutes: tuple[Substitute, ...]
+    placement: Placement
     lowering: tuple[str, ...]
     lowered_ops: tuple[LoweredOp, ...]
 
@@ -117,7 +124,8 @@ def resolve(target: Target, request: SchemeRequest) -> Resolution:
     Worked example: w4a16:b128 on a MatMul with K = 64 gives one scale per output channel, with a
     reason that says that one block covers the whole axis.
     """
-    if request.size < target.min_elements:
+    static = request.scheme.activations is Activations.STATIC
+    if request.size < target.min_elements and not static:
         return _float(
             "small-weight",
             f"its weight has {request.size} elements, fewer than {target.min_elements}: "
@@ -202,7 +210,7 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
         scheme,
         row.rule,
         "; ".join([f"runs as {row.kernel}", *notes]),
-        row.weight_type,
+        row.pair_limit,
     )
 
 
@@ -211,6 +219,8 @@ def _misfit(row: Row, request: SchemeRequest) -> str:
     name = request.op_type
     if request.use not in row.uses:
         return f"no integer kernel for a {name} with a {request.use} weight"
+    if request.in_body and not row.bodies:
+        return "activations in an If, Loop or Scan body cannot be calibrated"
     if request.weight_rank not in row.ranks:
         return f"no integer kernel for a {name} with a weight of rank {request.weight_rank}"
     if request.float_type not in row.float_types:

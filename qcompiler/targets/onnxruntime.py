@@ -7,18 +7,16 @@ every row and looks at the kernel, since releases move; it loads opset 28, and 2
 
 from typing import Final
 
-from qcompiler.quant.qtype import INT7
-from qcompiler.quant.scheme import Activations
 from qcompiler.targets.capability import Target
+from qcompiler.targets.onnxruntime_int8 import INT8_ROWS, INT8_SUBSTITUTES, PLACEMENT
 from qcompiler.targets.onnxruntime_ops import LOWERED_OPS, LOWERING
-from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
+from qcompiler.targets.rows import OpType, Refusal, Row, WeightUse
 
 _MATMUL: Final[tuple[OpType, ...]] = (("", "MatMul"), ("", "Gemm"))
 _FUSED_MATMUL: Final[OpType] = ("com.microsoft", "FusedMatMul")
 _GATHER: Final[tuple[OpType, ...]] = (("", "Gather"),)
 _CONV: Final[tuple[OpType, ...]] = (("", "Conv"), ("", "ConvTranspose"))
 _RECURRENT: Final[tuple[OpType, ...]] = (("", "LSTM"), ("", "GRU"), ("", "RNN"))
-_EVERYTHING: Final = (*_MATMUL, _FUSED_MATMUL, *_GATHER, *_CONV, *_RECURRENT)
 
 _FLOAT16_OK: Final = ("FLOAT", "FLOAT16")
 _MATRIX_RANKS: Final = (2, 3, 4, 5)
@@ -197,24 +195,7 @@ _ROWS: Final[tuple[Row, ...]] = (
         source="measured: 0.7-0.8 of float Gather",
         reduction_multiple=4,
     ),
-    Row(
-        rule="dynamic-quantize-matmul",
-        ops=_MATMUL,
-        weight_bits=(8, 7),
-        activations=Activations.DYNAMIC,
-        uses=(WeightUse.PLAIN, WeightUse.TRANSPOSED),
-        per_channel=True,
-        block_sizes=(),
-        ragged=False,
-        symmetric=(True,),
-        float_types=("FLOAT",),
-        kernel="DynamicQuantizeMatMul or MatMulIntegerToFloat",
-        source="measured: 0.33 of float at batch 1, 0.52 at batch 64 (K = N = 2048); with 8-bit "
-        "codes the 16-bit sums of AVX2 saturate, and the result is off by 27 % on random and "
-        "49 % on extreme inputs; with 7-bit codes it equals integer arithmetic",
-        weight_type=INT7,
-        note="7-bit codes, since 8-bit ones overflow on CPUs without VNNI",
-    ),
+    *INT8_ROWS,
     Row(
         rule="decoded-at-load",
         ops=(*_CONV, *_RECURRENT),
@@ -283,21 +264,19 @@ _REFUSALS: Final[tuple[Refusal, ...]] = (
     ),
 )
 
-_SUBSTITUTES: Final[tuple[Substitute, ...]] = (
-    Substitute(_EVERYTHING, (8, 7), Activations.DYNAMIC, 8, Activations.FLOAT),
-)
-
 ONNXRUNTIME: Final = Target(
     name="onnxruntime",
     title="ONNX Runtime",
     opset_min=7,
     opset_max=28,
     default_scheme="w8a16",
+    calibrated_scheme="w8a8",
     min_elements=1024,
     min_elements_reason="it would save under 3 KB, and runs 1.1 to 1.5 times slower than float",
     rows=_ROWS,
     refusals=_REFUSALS,
-    substitutes=_SUBSTITUTES,
+    substitutes=INT8_SUBSTITUTES,
+    placement=PLACEMENT,
     lowering=LOWERING,
     lowered_ops=LOWERED_OPS,
 )

@@ -58,4 +58,5 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "Sub"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "Mul"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "MatMul"), (_COMPUTED, _COMPUTED)),
+    LoweredOp(("", "Gather"), (_COMPUTED, ("INT32", "INT64"))),
 )

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qcompiler.quant.qtype import QType
 from qcompiler.quant.scheme import Activations
 
 OpType = tuple[str, str]
@@ -42,7 +41,9 @@ class Row:
         kernel: What the runtime runs.
         source: Where the row comes from.
         reduction_multiple: The number of input channels must be a multiple of this.
-        weight_type: Integer type of the codes where narrower than the width's own.
+        pair_limit: What two neighbouring codes of one sign may add up to in magnitude
+            (`quant.scheme.PairLimit`); None where the kernel does not saturate.
+        bodies: Whether the op may lie in an If, Loop or Scan body.
         note: A clause added to the reason: what a user should know about the row.
     """
 
@@ -60,7 +61,8 @@ class Row:
     activations: Activations = Activations.FLOAT
     ranks: tuple[int, ...] = (2,)
     reduction_multiple: int = 1
-    weight_type: QType | None = None
+    pair_limit: int | None = None
+    bodies: bool = True
     note: str = ""
 
 

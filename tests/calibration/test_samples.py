@@ -1,4 +1,4 @@
-"""Inputs from .npz files and made up ones."""
+"""What a source is taken for, and the calls every source makes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.calibration.samples import load_feeds, synthetic_feeds
+from qcompiler.calibration.samples import (
+    KINDS,
+    SampleOptions,
+    Samples,
+    load_feeds,
+    open_samples,
+    synthetic_feeds,
+    warnings,
+)
 from qcompiler.errors import UsageError
 from tests.support.graphs import build
 
@@ -22,86 +30,111 @@ def _model() -> ir.Model:
     )
 
 
-def _refusal(tmp_path: Path, **arrays: Any) -> UsageError:
-    path = tmp_path / "samples.npz"
-    np.savez(path, **arrays)
+def _open(source: str | Path, **options: Any) -> Samples:
+    return open_samples(str(source), _model(), SampleOptions(**options))
+
+
+def _refusal(source: str | Path, **options: Any) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        load_feeds(path, _model())
-    assert caught.value.where == str(path)
+        _open(source, **options)
     return caught.value
 
 
-def test_arrays_come_back_in_the_order_of_the_inputs(tmp_path: Path) -> None:
-    np.savez(tmp_path / "s.npz", ids=IDS, x=X)
+def test_a_file_can_be_forced_to_a_kind(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=X, ids=IDS)
+    assert len(_open(tmp_path / "data.npz")) == 1
+    assert len(_open(f"arrays:{tmp_path / 'data.npz'}")) == 1
+    assert "cannot be read as Polygraphy" in _refusal(f"polygraphy:{tmp_path}/data.npz").message
+
+
+def test_a_name_without_meaning_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1,2")
+    error = _refusal(tmp_path / "data.csv")
+    assert error.message == "its name does not say what it is"
+    assert error.hint
+    assert all(kind in error.hint for kind in KINDS)
+
+
+@pytest.mark.parametrize("source", ["none.csv", "nowhere/", "nowhere"])
+def test_what_is_not_there_is_refused(source: str) -> None:
+    assert "there is no such file" in _refusal(source).message
+
+
+@pytest.mark.parametrize("source", ["none.npz", "images:nowhere", "text:none.txt"])
+def test_what_is_not_there_is_refused_whatever_its_kind(source: str) -> None:
+    assert _refusal(source).message == "there is no such file or folder"
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    assert _refusal(tmp_path).message == "holds nothing that can be read"
+
+
+def test_a_folder_of_two_kinds_is_refused_with_how_to_choose(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, ids=IDS)
+    (tmp_path / "a.png").write_bytes(b"")
+    error = _refusal(tmp_path)
+    assert error.message == "holds both arrays and images"
+    assert error.hint == f"arrays:{tmp_path} or images:{tmp_path}"
+    assert len(_open(f"arrays:{tmp_path}")) == 1
+
+
+def test_a_folder_is_recognized_by_what_it_holds(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, ids=IDS)
+    assert _open(tmp_path).origin == f"1 call from {tmp_path.name}/ (1 of 1 files)"
+
+
+@pytest.mark.parametrize("option", ["max_samples", "batch_size", "sequence_length", "max_bytes"])
+def test_options_below_one_are_refused(option: str) -> None:
+    error = _refusal("random", **{option: 0})
+    assert (error.where, error.message) == (option, "is 0, and must be at least 1")
+
+
+def test_random_says_that_it_is_made_up() -> None:
+    samples = _open("random:3", seed=5, symbolic_size=7)
+    assert samples.made_up
+    assert samples.origin == "3 random calls (seed 5, symbolic dimensions 7)"
+    first, second, _ = samples
+    assert first["x"].shape == (7, 4)
+    assert not np.array_equal(first["x"], second["x"])
+
+
+def test_random_without_a_number_has_eight_calls_at_most_max_samples() -> None:
+    assert len(_open("random")) == len(list(_open("random"))) == 8
+    assert len(_open("random", max_samples=3)) == 3
+
+
+@pytest.mark.parametrize("number", ["0", "x", "-1", "²"])
+def test_random_takes_a_number(number: str) -> None:
+    assert f"{number!r} is no number of calls" == _refusal(f"random:{number}").message
+
+
+def test_the_first_call_of_a_file_is_loaded(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", ids=np.stack([IDS, IDS + 1]), x=np.stack([X, X + 1]))
     feeds = load_feeds(tmp_path / "s.npz", _model())
     assert list(feeds) == ["x", "ids"]
     np.testing.assert_array_equal(feeds["x"], X)
 
 
-def test_an_extra_name_is_refused(tmp_path: Path) -> None:
-    error = _refusal(tmp_path, x=X, ids=IDS, mask=IDS)
-    assert error.message == "holds ids, mask, x, and the model's inputs are ids, x"
-    assert error.hint == "not in the model: mask"
+def test_the_fingerprint_is_that_of_the_data(tmp_path: Path) -> None:
+    def fingerprint(name: str, **arrays: Any) -> str:
+        np.savez(tmp_path / name, **arrays)
+        return _open(tmp_path / name).fingerprint()
+
+    first = fingerprint("a.npz", x=X, ids=IDS)
+    assert first == fingerprint("b.npz", ids=IDS, x=X)
+    assert first == fingerprint("c.npz", x=X.astype(np.float64), ids=IDS.astype(np.int32))
+    assert first == fingerprint("d.npz", x=X[None], ids=IDS[None])
+    assert first != fingerprint("e.npz", x=X, ids=IDS + 1)
+    assert first != fingerprint("f.npz", x=X.reshape(1, 2, 4)[:, :1], ids=IDS[None])
+    assert len(first) == 64
+    assert int(first, 16)
 
 
-def test_a_missing_name_is_refused(tmp_path: Path) -> None:
-    error = _refusal(tmp_path, x=X)
-    assert error.message == "holds x, and the model's inputs are ids, x"
-    assert error.hint == "missing: ids"
-
-
-def test_a_misspelt_name_is_named_on_both_sides(tmp_path: Path) -> None:
-    assert _refusal(tmp_path, x=X, idz=IDS).hint == "missing: ids; not in the model: idz"
-
-
-def test_an_empty_archive_is_refused(tmp_path: Path) -> None:
-    assert "holds nothing" in _refusal(tmp_path).message
-
-
-def test_another_type_is_refused(tmp_path: Path) -> None:
-    error = _refusal(tmp_path, x=X.astype(np.float64), ids=IDS)
-    assert error.message == "holds float64 for input x, which takes FLOAT"
-    assert error.hint == "convert it with .astype('float32')"
-
-
-def test_pickled_objects_are_refused(tmp_path: Path) -> None:
-    error = _refusal(tmp_path, x=np.array([{"a": 1}], object), ids=IDS)
-    assert "cannot be read as an .npz file of plain arrays" in error.message
-
-
-@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut off"])
-def test_what_is_not_an_archive_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "samples.npz"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"cannot be read as an \.npz file of plain arrays"):
-        load_feeds(path, _model())
-
-
-def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "samples.npz"
-    np.savez_compressed(path, x=X, ids=np.arange(1000))
-    data = bytearray(path.read_bytes())
-    data[60:120] = bytes(60)
-    path.write_bytes(bytes(data))
-    with pytest.raises(UsageError, match=r"cannot be read as an \.npz file of plain arrays"):
-        load_feeds(path, _model())
-
-
-def test_a_single_array_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "one.npy", X)
-    with pytest.raises(UsageError, match=r"cannot be read as an \.npz file of plain arrays"):
-        load_feeds(tmp_path / "one.npy", _model())
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
-        load_feeds(tmp_path / "none.npz", _model())
-
-
-def test_texts_are_taken_for_a_string_input(tmp_path: Path) -> None:
-    model = build("g (string[n] s) => (string[n] t) { t = Identity(s) }")
-    np.savez(tmp_path / "s.npz", s=np.array(["a", "bc"]))
-    assert load_feeds(tmp_path / "s.npz", model)["s"].tolist() == ["a", "bc"]
+def test_the_fingerprint_does_not_depend_on_how_often_it_is_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, ids=IDS)
+    samples = _open(tmp_path / "a.npz")
+    list(samples)
+    assert samples.fingerprint() == samples.fingerprint() == _open(tmp_path / "a.npz").fingerprint()
 
 
 def test_made_up_inputs_follow_the_signature() -> None:
@@ -117,3 +150,11 @@ def test_no_text_is_made_up() -> None:
     model = build("g (string[n] s) => (string[n] t) { t = Identity(s) }")
     with pytest.raises(UsageError, match="input s: is a string tensor"):
         synthetic_feeds(model, seed=0)
+    with pytest.raises(UsageError, match="input s: is a string tensor"):
+        open_samples("random", model, SampleOptions())
+
+
+def test_warnings_are_reachable_from_here(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, ids=IDS)
+    (found,) = warnings(_open(tmp_path / "a.npz"))
+    assert found.startswith("input x is 1 everywhere in 1 call")

@@ -1,0 +1,210 @@
+"""Finds the ranges of the activations that are to be quantized, from samples."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.collect import collect_statistics
+from qcompiler.calibration.observers import (
+    DEFAULT_PERCENTILE,
+    Observer,
+    activation_sqnr_db,
+    choose_range,
+)
+from qcompiler.calibration.outliers import outlier_channels
+from qcompiler.calibration.statistics import Statistics, TensorStatistics, Wanted
+from qcompiler.calibration.statistics_file import load_statistics, save_statistics
+from qcompiler.ir.dataflow import int_attribute, is_op
+from qcompiler.ir.provenance import (
+    ACTIVATION_SQNR,
+    OUTLIERS,
+    PLACEMENT,
+    QUANTIZED_INPUTS,
+    QUANTIZER,
+    RANGE,
+    SHARES,
+    annotate,
+)
+from qcompiler.quant.qtype import QType, qtype_named
+from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from qcompiler.rewriting.stages import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """Options of `calibrate`.
+
+    Attributes:
+        samples: The calls to run the model on.
+        model_fingerprint: Of the source model, asked for when statistics are kept or read.
+        observer: How ranges are chosen.
+        percentile: For that observer.
+        outlier_limit: Channels of one value that may stay in float at most; 0 is none.
+        memory_budget: Bytes the process may take.
+        statistics: A file of statistics: read if it exists, else written.
+        custom_op_libraries: Shared libraries with the kernels of custom operators.
+    """
+
+    samples: Samples
+    model_fingerprint: Callable[[], str]
+    observer: Observer = Observer.PERCENTILE
+    percentile: float = DEFAULT_PERCENTILE
+    outlier_limit: int = 8
+    memory_budget: int = 2 << 30
+    statistics: Path | None = None
+    custom_op_libraries: tuple[Path, ...] = ()
+
+
+class Calibrate(Pass):
+    """Write on every value that is to be quantized which range its codes cover.
+
+    Before: x     # qcompiler.quantizer = "uint8:asym"
+    After:  x     # qcompiler.range = "[-0.17, 6.2]", qcompiler.outlier_channels = "[856]"
+    Refuses: values that no sample fills, since they have no range; they are not quantized.
+
+    The graph does not change. The model runs in ONNX Runtime on every sample, unless a file of
+    statistics of the same model and samples exists.
+
+    Raises (from `run`):
+        UsageError: The samples or the file of statistics cannot be used.
+        ModelError: A value holds NaN or infinity on a sample.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    consumes: ClassVar[Stage] = Stage.ASSIGNED
+    produces: ClassVar[Stage] = Stage.ASSIGNED
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    options: CalibrateOptions
+
+    def __init__(self, options: CalibrateOptions) -> None:
+        self.options = options
+
+    def run(self, model: ir.Model, context: PassContext) -> PassResult:
+        """Collect or read statistics, and choose the ranges."""
+        values = [value for value in _quantized_values(model.graph) if _has_own_scale(value)]
+        if not values:
+            return PassResult()
+        wanted = [self._wanted(value) for value in values]
+        statistics = self._statistics(model, wanted, context)
+        rewrites: list[Rewrite] = []
+        skips: list[Skip] = []
+        for value in values:
+            name = value.name or ""
+            found = statistics.tensors[name]
+            if found.count == 0:
+                reason = f"{name} has no element in any sample, and so no range"
+                skips.append(Skip("no-range", name, reason))
+                continue
+            rewrites.append(Rewrite("choose-range", name, self._choose(value, found)))
+        return PassResult(tuple(rewrites), tuple(skips))
+
+    def _wanted(self, value: ir.Value) -> Wanted:
+        channels = _channel_axis(value) if self.options.outlier_limit else None
+        return Wanted(value.name or "", self.options.observer.needs_histogram, channels)
+
+    def _statistics(
+        self, model: ir.Model, wanted: Sequence[Wanted], context: PassContext
+    ) -> Statistics:
+        options = self.options
+        path = options.statistics
+        if path is not None and path.exists():
+            found = load_statistics(
+                path,
+                model_fingerprint=options.model_fingerprint(),
+                samples_fingerprint=options.samples.fingerprint(),
+            )
+            found.require(wanted, str(path))
+            return found
+        collected = collect_statistics(
+            model,
+            wanted,
+            options.samples,
+            model_fingerprint=options.model_fingerprint() if path else "",
+            memory_budget=options.memory_budget,
+            progress=context.progress,
+            custom_op_libraries=options.custom_op_libraries,
+            threads=context.workers,
+        )
+        if path is not None:
+            save_statistics(collected, path)
+        return collected
+
+    def _choose(self, value: ir.Value, found: TensorStatistics) -> str:
+        """Write range and outlier channels on a value; return them as a clause."""
+        options = self.options
+        qtype, symmetric = quantizer_of(value)
+        outliers: tuple[int, ...] = ()
+        if found.channel_minimum is not None and found.channel_maximum is not None:
+            outliers = outlier_channels(
+                found.channel_minimum, found.channel_maximum, options.outlier_limit
+            )
+            found = _without(found, outliers)
+        low, high = choose_range(
+            found, options.observer, qtype, symmetric, percentile=options.percentile
+        )
+        value.metadata_props[RANGE] = json.dumps([low, high])
+        clause = f"{low:.6g} to {high:.6g}"
+        if outliers:
+            value.metadata_props[OUTLIERS] = json.dumps(outliers)
+            clause += f", channels {', '.join(map(str, outliers))} in float"
+        if found.histogram is not None:
+            quality = activation_sqnr_db(found, qtype, low, high, symmetric=symmetric)
+            if np.isfinite(quality):
+                annotate(value, **{ACTIVATION_SQNR.removeprefix("qcompiler."): quality})
+                clause += f", {quality:.1f} dB"
+        return clause
+
+
+def quantizer_of(value: ir.Value) -> tuple[QType, bool]:
+    """Return integer type and symmetry of a value's codes."""
+    name, _, symmetry = value.metadata_props[QUANTIZER].partition(":")
+    return qtype_named(name), symmetry == "sym"
+
+
+def _quantized_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if QUANTIZER in value.metadata_props:
+            yield value
+
+
+def _has_own_scale(value: ir.Value) -> bool:
+    return SHARES not in value.metadata_props
+
+
+def _channel_axis(value: ir.Value) -> int | None:
+    """Return the axis of channels that may stay in float, None where none may.
+
+    They may where every reader of the codes is a product over the value's last axis, and the value
+    itself is there in float.
+    """
+    producer = value.producer()
+    if value.shape is None or (producer is not None and PLACEMENT in producer.metadata_props):
+        return None
+    readers = [
+        use.node
+        for use in value.uses()
+        if use.idx in json.loads(use.node.metadata_props.get(QUANTIZED_INPUTS, "[]"))
+    ]
+    products = all(
+        is_op(node, "MatMul", "Gemm") and not int_attribute(node, "transA", 0) for node in readers
+    )
+    return len(value.shape) - 1 if products and len(value.shape) > 1 else None
+
+
+def _without(found: TensorStatistics, channels: Sequence[int]) -> TensorStatistics:
+    """Return statistics of the other channels; what lies in their range is taken for theirs."""
+    if not channels:
+        return found
+    assert found.channel_minimum is not None
+    assert found.channel_maximum is not None
+    low = float(np.delete(found.channel_minimum, channels).min())
+    high = float(np.delete(found.channel_maximum, channels).max())
+    histogram = None if found.histogram is None else found.histogram.within(low, high)
+    return replace(found, minimum=low, maximum=high, histogram=histogram)
