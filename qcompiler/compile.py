@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler.calibration.numerics import VerifyNumerics
+from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
@@ -35,6 +36,8 @@ from qcompiler.pipeline import (
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
+    calibration_report,
+    calibration_warnings,
     kernel_warnings,
     node_reports,
     output_checks,
@@ -134,9 +137,10 @@ def compile_model(
             )
             source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress)
+        quality = _quality(plan, path, saved, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
-            plan, source_facts, saved, model, nodes, records, numerics, inspection, started
+            plan, source_facts, saved, model, nodes, records, numerics, inspection, quality, started
         )
         return _publish(saved, target_path, report, _settings(plan, options))
 
@@ -259,6 +263,21 @@ def _inspect(
     return inspection
 
 
+def _quality(
+    plan: Plan, source: Path, saved: SavedModel, progress: Progress
+) -> tuple[OutputQuality, ...]:
+    """Compare the outputs of source and result on the samples, if there are any."""
+    if plan.data is None:
+        return ()
+    return output_quality(
+        source,
+        saved.path,
+        plan.data.samples,
+        custom_op_libraries=plan.custom_op_libraries,
+        progress=progress,
+    )
+
+
 def _report(
     plan: Plan,
     source: FileFacts,
@@ -268,8 +287,15 @@ def _report(
     records: Sequence[PassRecord],
     numerics: VerifyNumerics | None,
     inspection: Inspection | None,
+    quality: Sequence[OutputQuality],
     started: float,
 ) -> Report:
+    warnings = kernel_warnings(nodes)
+    calibration = None
+    if plan.calibration is not None and plan.data is not None:
+        samples = plan.data.samples
+        calibration = calibration_report(samples, plan.calibration.observer, quality)
+        warnings += calibration_warnings(samples, quality)
     return Report(
         qcompiler=version("qcompiler"),
         target=plan.target.name,
@@ -285,8 +311,9 @@ def _report(
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
-        warnings=kernel_warnings(nodes),
+        warnings=warnings,
         runtime=inspection.runtime if inspection else None,
+        calibration=calibration,
     )
 
 

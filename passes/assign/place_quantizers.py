@@ -7,8 +7,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.ir.provenance import (
-    FLOAT_REASON,
     PLACEMENT,
+    PLACEMENT_REASON,
     QUANTIZED_INPUTS,
     QUANTIZER,
     REGION,
@@ -76,7 +76,7 @@ def _forget_marks(graph: ir.Graph) -> bool:
     found = False
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
     for owner in (*graph, *values):
-        for key in (PLACEMENT, QUANTIZED_INPUTS, REGION, FLOAT_REASON, QUANTIZER, SHARES):
+        for key in (PLACEMENT, QUANTIZED_INPUTS, REGION, PLACEMENT_REASON, QUANTIZER, SHARES):
             found |= owner.metadata_props.pop(key, None) is not None
     return found
 
@@ -85,9 +85,10 @@ def _write(regions: IntegerRegions, placement: Placement) -> None:
     numbers = regions.regions()
     for node, rule in regions.members.items():
         annotate(node, placement=rule.rule, region=numbers[node])
+        annotate(node, placement_reason=f"on quantized activations it runs as {rule.kernel}")
         node.metadata_props[QUANTIZED_INPUTS] = json.dumps(list(regions.reads(node)))
     for node, reason in regions.refused.items():
-        annotate(node, float_reason=reason)
+        annotate(node, placement_reason=reason)
     text = f"{placement.qtype}:{'sym' if placement.symmetric else 'asym'}"
     for quantizer in regions.quantizers():
         quantizer.value.metadata_props[QUANTIZER] = text

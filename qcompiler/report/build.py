@@ -8,14 +8,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.calls import warnings as sample_warnings
 from qcompiler.calibration.numerics import NumericsRecord
+from qcompiler.calibration.observers import Observer
+from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import facts_of, origins_of
 from qcompiler.report.records import (
+    CalibrationReport,
     NodeReport,
     OutputCheck,
     PassReport,
+    QualityReport,
     SkipReport,
     Summary,
 )
@@ -23,6 +29,7 @@ from qcompiler.rewriting.manager import PassRecord
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
+_KERNEL_LOSS_DB = 1.0
 
 
 def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple[NodeReport, ...]:
@@ -35,11 +42,12 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
     found: list[NodeReport] = []
     for node in all_nodes(model):
         facts = facts_of(node)
-        if "scheme" not in facts:
+        if not facts.keys() & {"scheme", "placement", "placement_reason"}:
             continue
-        scheme = facts["scheme"]
+        scheme = facts.get("scheme") or ("a8" if "placement" in facts else "float")
         kernel = None if kernels is None else kernels.get(node.name or "")
-        missing = _MERGED if kernels is not None and scheme != "float" else None
+        looked_for = kernels is not None and scheme not in ("float", "a8")
+        missing = _MERGED if looked_for else None
         before = int(facts.get("weight_bytes_before", 0))
         found.append(
             NodeReport(
@@ -47,8 +55,10 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
-                rule=facts.get("rule", ""),
-                reason=facts.get("reason", ""),
+                rule=facts.get("rule") or facts.get("placement", ""),
+                reason=facts.get("reason") or facts.get("placement_reason", ""),
+                placement=facts.get("placement"),
+                region=int(facts["region"]) if "region" in facts else None,
                 weight=facts.get("weight"),
                 elements=int(facts.get("weight_elements", 0)),
                 bytes_before=before,
@@ -59,6 +69,46 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
             )
         )
     return tuple(found)
+
+
+def calibration_report(
+    samples: Samples, observer: Observer, quality: Sequence[OutputQuality]
+) -> CalibrationReport:
+    """Say what the ranges of activations come from, and how near the outputs stayed."""
+    return CalibrationReport(
+        source=samples.origin,
+        calls=len(samples),
+        sha256=samples.fingerprint(),
+        made_up=samples.made_up,
+        observer=observer.value,
+        outputs=tuple(
+            QualityReport(entry.name, _decibels(entry.native_db), _decibels(entry.emulated_db))
+            for entry in quality
+        ),
+    )
+
+
+def calibration_warnings(samples: Samples, quality: Sequence[OutputQuality]) -> tuple[str, ...]:
+    """Say what makes the calibration doubtful."""
+    found = []
+    if samples.made_up:
+        found.append(
+            "calibrated on made-up random inputs: ranges, and every accuracy figure here, mean "
+            "nothing for real data"
+        )
+    found += sample_warnings(samples)
+    for entry in quality:
+        lost = entry.emulated_db - entry.native_db
+        if lost > _KERNEL_LOSS_DB:
+            found.append(
+                f"output {entry.name} is {lost:.1f} dB further from float with the kernels of "
+                "this CPU than the quantized graph says: a kernel saturates or rounds differently"
+            )
+    return tuple(found)
+
+
+def _decibels(value: float) -> float | None:
+    return _finite(round(value, 2))
 
 
 def _source_name(node: ir.Node) -> str:

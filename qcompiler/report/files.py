@@ -12,10 +12,12 @@ from qcompiler.errors import UsageError
 from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
+    CalibrationReport,
     FileFacts,
     NodeReport,
     OutputCheck,
     PassReport,
+    QualityReport,
     Report,
     SkipReport,
     Summary,
@@ -71,8 +73,16 @@ def _report(content: dict[str, Any]) -> Report:
             ),
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
+            "calibration": _calibration(content.get("calibration")),
         }
     )
+
+
+def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
+    if content is None:
+        return None
+    outputs = tuple(QualityReport(**entry) for entry in content["outputs"])
+    return CalibrationReport(**{**content, "outputs": outputs})
 
 
 def manifest_json(report: Report, settings: Mapping[str, object]) -> str:

@@ -25,14 +25,14 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What one quantizable op got, and why.
+    """What one op got, and why: of those with weights, and those between quantized values.
 
     Attributes:
         name: The node, as the source model calls it.
         origins: All nodes of the source model that it stands for: itself, merged duplicates,
             batch norms folded into it.
         op_type: The op, as the source model calls it.
-        scheme: Text form, or "float".
+        scheme: Text form, or "float"; "a8" is an op without weights on 8-bit activations.
         rule: The recipe rule or target row that decided.
         reason: Why, as a sentence.
         weight: Name of the source weight; two joined by a space for recurrent ops.
@@ -43,6 +43,9 @@ class NodeReport:
             weight that is represented exactly.
         kernel: What the runtime really runs there; None if that was not looked at.
         integer_kernel: Whether that kernel reads integer weights; None if not looked at.
+        placement: The target's placement rule by which it works on quantized activations, None
+            where they are float.
+        region: Number of the stretch of ops that hand each other quantized activations.
     """
 
     name: str
@@ -58,6 +61,8 @@ class NodeReport:
     sqnr_db: float | None
     kernel: str | None
     integer_kernel: bool | None
+    placement: str | None = None
+    region: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -120,6 +125,42 @@ class OutputCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class QualityReport:
+    """How near one output stayed to the source model's, on samples.
+
+    Attributes:
+        name: The output.
+        native_db: SQNR as the runtime runs the model, dB; None where nothing changed.
+        emulated_db: The same with the runtime's optimizations off, Q/DQ computed in float.
+    """
+
+    name: str
+    native_db: float | None
+    emulated_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What the ranges of activations come from.
+
+    Attributes:
+        source: Where the samples were, and how many of what there is.
+        calls: How many calls of the model they made.
+        sha256: Hash over all inputs of all calls.
+        made_up: Whether they were random.
+        observer: How ranges were chosen.
+        outputs: How near the outputs stayed, on the last 8 calls at most.
+    """
+
+    source: str
+    calls: int
+    sha256: str
+    made_up: bool
+    observer: str
+    outputs: tuple[QualityReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Totals over all weights; a weight that several ops share counts once.
 
@@ -164,5 +205,6 @@ class Report:
     output_checks: tuple[OutputCheck, ...]
     warnings: tuple[str, ...]
     runtime: str | None
+    calibration: CalibrationReport | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

@@ -9,7 +9,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from qcompiler.errors import printable
-from qcompiler.report.records import NodeReport, PassReport, Report
+from qcompiler.report.records import CalibrationReport, NodeReport, PassReport, Report
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
@@ -43,6 +43,8 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
+    for line in _calibration(report.calibration):
+        console.print(escape(line), highlight=False)
     for line in _reasons(report.nodes):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
@@ -50,6 +52,21 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     if len(report.warnings) > _MAX_ROWS:
         console.print(f"[yellow]and {len(report.warnings) - _MAX_ROWS} more warnings[/]")
     console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
+    if calibration is None:
+        return
+    yield f"calibrated by {calibration.observer} on {calibration.source}"
+    for output in calibration.outputs:
+        yield (
+            f"output {output.name}: {_db(output.native_db)} from float as it runs here, "
+            f"{_db(output.emulated_db)} with Q/DQ computed in float"
+        )
+
+
+def _db(value: float | None) -> str:
+    return "no distance" if value is None else f"{value:.1f} dB"
 
 
 def _node_table(nodes: Sequence[NodeReport]) -> Table:
@@ -159,6 +176,8 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
     yield f"  scheme   {node.scheme}"
     yield f"  rule     {node.rule}"
     yield f"  reason   {node.reason}"
+    if node.placement is not None:
+        yield f"  placed   by rule {node.placement}, in integer region {node.region}"
     if node.weight is not None:
         yield f"  weight   {node.weight}: {node.elements} elements"
         yield (
