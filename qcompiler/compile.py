@@ -294,7 +294,7 @@ def _report(
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
-        calibration = calibration_report(samples, plan.calibration.observer, quality)
+        calibration = calibration_report(model, samples, quality)
         warnings += calibration_warnings(samples, quality)
     return Report(
         qcompiler=version("qcompiler"),

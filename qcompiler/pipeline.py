@@ -60,7 +60,7 @@ class CalibrationOptions:
     Attributes:
         source: Where the samples are: see `calibration.samples.open_samples`.
         samples: How they are read.
-        observer: How ranges are chosen.
+        observer: How ranges are chosen; None tries each on a few calls and takes the best.
         percentile: For that observer: percent of the values to keep.
         outlier_channels: Channels of one value that may stay in float at most.
         memory_budget: Bytes the process may take while it calibrates.
@@ -69,7 +69,7 @@ class CalibrationOptions:
 
     source: str
     samples: SampleOptions = field(default_factory=SampleOptions)
-    observer: Observer = Observer.PERCENTILE
+    observer: Observer | None = None
     percentile: float = DEFAULT_PERCENTILE
     outlier_channels: int = 8
     memory_budget: int = 2 << 30
@@ -218,6 +218,7 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
         data.samples,
         data.model_fingerprint,
         options.observer,
+        (SplitOutlierChannels(), InsertActivationQdq()),
         options.percentile,
         options.outlier_channels,
         options.memory_budget,

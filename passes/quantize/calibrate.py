@@ -1,10 +1,11 @@
 """Finds the ranges of the activations that are to be quantized, from samples."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -18,11 +19,13 @@ from qcompiler.calibration.observers import (
     choose_range,
 )
 from qcompiler.calibration.outliers import outlier_channels
+from qcompiler.calibration.quality import Reference
 from qcompiler.calibration.statistics import Statistics, TensorStatistics, Wanted
 from qcompiler.calibration.statistics_file import load_statistics, save_statistics
 from qcompiler.ir.dataflow import int_attribute, is_op
 from qcompiler.ir.provenance import (
     ACTIVATION_SQNR,
+    OBSERVER,
     OUTLIERS,
     PLACEMENT,
     QUANTIZED_INPUTS,
@@ -31,9 +34,14 @@ from qcompiler.ir.provenance import (
     SHARES,
     annotate,
 )
+from qcompiler.ir.weights import WeightStore
 from qcompiler.quant.qtype import QType, qtype_named
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
+
+_TRIAL_CALLS: Final = 8
+_SHARE_OF_OUTPUTS: Final = 8
+"""One part in so many of the memory budget is for outputs that variants are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,9 @@ class CalibrateOptions:
     Attributes:
         samples: The calls to run the model on.
         model_fingerprint: Of the source model, asked for when statistics are kept or read.
-        observer: How ranges are chosen.
+        observer: How ranges are chosen; None tries all of them and takes the one that leaves the
+            outputs nearest to float.
+        trial: For that: what turns a model with ranges into one whose activations are quantized.
         percentile: For that observer.
         outlier_limit: Channels of one value that may stay in float at most; 0 is none.
         memory_budget: Bytes the process may take.
@@ -53,7 +63,8 @@ class CalibrateOptions:
 
     samples: Samples
     model_fingerprint: Callable[[], str]
-    observer: Observer = Observer.PERCENTILE
+    observer: Observer | None = None
+    trial: tuple[Pass, ...] = ()
     percentile: float = DEFAULT_PERCENTILE
     outlier_limit: int = 8
     memory_budget: int = 2 << 30
@@ -69,7 +80,10 @@ class Calibrate(Pass):
     Refuses: values that no sample fills, since they have no range; they are not quantized.
 
     The graph does not change. The model runs in ONNX Runtime on every sample, unless a file of
-    statistics of the same model and samples exists.
+    statistics of the same model and samples exists. No observer is best for every model: on a
+    CIFAR CNN entropy left 32 dB and mse 21 dB, on MiniLM mse 24 dB and entropy 11 dB. So without
+    one being asked for, each is tried on a few calls, with weights in float; that takes one run of
+    these calls for each.
 
     Raises (from `run`):
         UsageError: The samples or the file of statistics cannot be used.
@@ -93,6 +107,8 @@ class Calibrate(Pass):
             return PassResult()
         wanted = [self._wanted(value) for value in values]
         statistics = self._statistics(model, wanted, context)
+        observer = self.options.observer or self._best_observer(model, statistics, context)
+        model.metadata_props[OBSERVER] = observer.value
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         for value in values:
@@ -102,12 +118,53 @@ class Calibrate(Pass):
                 reason = f"{name} has no element in any sample, and so no range"
                 skips.append(Skip("no-range", name, reason))
                 continue
-            rewrites.append(Rewrite("choose-range", name, self._choose(value, found)))
+            rewrites.append(Rewrite("choose-range", name, self._choose(value, found, observer)))
         return PassResult(tuple(rewrites), tuple(skips))
 
     def _wanted(self, value: ir.Value) -> Wanted:
         channels = _channel_axis(value) if self.options.outlier_limit else None
-        return Wanted(value.name or "", self.options.observer.needs_histogram, channels)
+        observer = self.options.observer
+        return Wanted(value.name or "", observer is None or observer.needs_histogram, channels)
+
+    def _best_observer(
+        self, model: ir.Model, statistics: Statistics, context: PassContext
+    ) -> Observer:
+        """Quantize the activations of a copy with each observer, and return the best."""
+        options = self.options
+        reference = Reference(
+            model,
+            options.samples,
+            memory=options.memory_budget // _SHARE_OF_OUTPUTS,
+            most_calls=_TRIAL_CALLS,
+            custom_op_libraries=options.custom_op_libraries,
+        )
+        quality: dict[Observer, float] = {}
+        with context.progress.task("trying observers", len(Observer)) as advance:
+            for observer in Observer:
+                with tempfile.TemporaryDirectory(prefix="qcompile-trial-") as folder:
+                    quality[observer] = self._try(
+                        observer, model, statistics, reference, Path(folder)
+                    )
+                advance(1)
+        return max(quality, key=lambda observer: quality[observer])
+
+    def _try(
+        self,
+        observer: Observer,
+        model: ir.Model,
+        statistics: Statistics,
+        reference: Reference,
+        folder: Path,
+    ) -> float:
+        copy = model.clone()
+        for value in _quantized_values(copy.graph):
+            found = statistics.tensors.get(value.name or "")
+            if found is not None and found.count and _has_own_scale(value):
+                self._choose(value, found, observer)
+        with WeightStore(folder) as store:
+            for rewrite in self.options.trial:
+                rewrite.run(copy, PassContext(store))
+            return reference.sqnr_db(copy)
 
     def _statistics(
         self, model: ir.Model, wanted: Sequence[Wanted], context: PassContext
@@ -136,7 +193,7 @@ class Calibrate(Pass):
             save_statistics(collected, path)
         return collected
 
-    def _choose(self, value: ir.Value, found: TensorStatistics) -> str:
+    def _choose(self, value: ir.Value, found: TensorStatistics, observer: Observer) -> str:
         """Write range and outlier channels on a value; return them as a clause."""
         options = self.options
         qtype, symmetric = quantizer_of(value)
@@ -146,9 +203,7 @@ class Calibrate(Pass):
                 found.channel_minimum, found.channel_maximum, options.outlier_limit
             )
             found = _without(found, outliers)
-        low, high = choose_range(
-            found, options.observer, qtype, symmetric, percentile=options.percentile
-        )
+        low, high = choose_range(found, observer, qtype, symmetric, percentile=options.percentile)
         value.metadata_props[RANGE] = json.dumps([low, high])
         clause = f"{low:.6g} to {high:.6g}"
         if outliers:

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.execution.sessions import Session, open_session
@@ -82,6 +83,61 @@ def output_quality(
     )
 
 
+class Reference:
+    """What a model returns on some calls, to compare variants of it with.
+
+    Args:
+        model: The model; it runs without optimizations.
+        samples: The calls; of the last of them as many are used as fit.
+        memory: Bytes that kept outputs may take; one call is used at least.
+        most_calls: Calls at most.
+        custom_op_libraries: Shared libraries with the kernels of custom operators.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Samples,
+        *,
+        memory: int,
+        most_calls: int,
+        custom_op_libraries: Sequence[Path] = (),
+    ) -> None:
+        self._libraries = tuple(custom_op_libraries)
+        self._calls: list[tuple[Feeds, dict[str, npt.NDArray[Any]]]] = []
+        with self._session(model) as session:
+            for feeds in _last(samples, min(len(samples), most_calls)):
+                outputs = session.run(feeds)
+                size = sum(array.nbytes for array in (*feeds.values(), *outputs.values()))
+                memory -= size
+                if self._calls and memory < 0:
+                    break
+                self._calls.append((feeds, outputs))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def sqnr_db(self, variant: ir.Model) -> float:
+        """Return the SQNR in dB of the output that is furthest from the model's.
+
+        The variant runs without optimizations. NaN counts as infinitely far.
+        """
+        signal: dict[str, float] = {}
+        noise: dict[str, float] = {}
+        with self._session(variant) as session:
+            for feeds, outputs in self._calls:
+                found = session.run(feeds)
+                for name, values in outputs.items():
+                    if _is_float(values):
+                        energy = _energy(values.astype(np.float64))
+                        signal[name] = signal.get(name, 0.0) + energy
+                        noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
+        return min((sqnr_db(signal[name], noise[name]) for name in signal), default=np.inf)
+
+    def _session(self, model: ir.Model) -> Session:
+        return open_session(model, optimize=False, custom_op_libraries=self._libraries)
+
+
 def _last(samples: Samples, count: int) -> Iterable[Feeds]:
     skipped = len(samples) - count
     return (feeds for index, feeds in enumerate(samples) if index >= skipped)
@@ -90,7 +146,7 @@ def _last(samples: Samples, count: int) -> Iterable[Feeds]:
 def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energies]) -> None:
     reference, native, emulated = (session.run(feeds) for session in sessions)
     for name, values in reference.items():
-        if values.dtype.kind != "f" and values.dtype.name != "bfloat16":
+        if not _is_float(values):
             continue
         entry = energies.setdefault(name, _Energies())
         entry.signal += _energy(values.astype(np.float64))
@@ -98,7 +154,11 @@ def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energie
         entry.emulated += _distance(values, emulated[name])
 
 
-def _distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+def _is_float(values: npt.NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
+
+
+def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     if one.shape != other.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):

@@ -80,10 +80,10 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file."),
         click.option(
             "--observer",
-            type=click.Choice(["min-max", "percentile", "mse", "entropy"]),
-            default="percentile",
+            type=click.Choice(["auto", "min-max", "percentile", "mse", "entropy"]),
+            default="auto",
             show_default=True,
-            help="How ranges of activations are chosen.",
+            help="How ranges of activations are chosen; auto tries all and takes the best.",
         ),
         click.option(
             "--percentile",
@@ -143,7 +143,7 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
             sequence_length=taken["sequence_length"],
             image_spec=taken["image_spec"],
         ),
-        observer=Observer(taken["observer"]),
+        observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
         memory_budget=budget,

@@ -55,6 +55,8 @@ ORIGIN: Final = "qcompiler.origin"
 """On a node that stands for others: the names of the source model's nodes, a JSON list."""
 ORIGIN_OP: Final = "qcompiler.origin_op"
 """On a node that replaced another op: the op type of the source model."""
+OBSERVER: Final = "qcompiler.observer"
+"""On the model: how ranges of activations were chosen."""
 STAGE: Final = "qcompiler.stage"
 """On the model: the stage it has reached."""
 

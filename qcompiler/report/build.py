@@ -11,11 +11,10 @@ import onnx_ir as ir
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.calls import warnings as sample_warnings
 from qcompiler.calibration.numerics import NumericsRecord
-from qcompiler.calibration.observers import Observer
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.provenance import facts_of, origins_of
+from qcompiler.ir.provenance import OBSERVER, facts_of, origins_of
 from qcompiler.report.records import (
     CalibrationReport,
     NodeReport,
@@ -72,7 +71,7 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
 
 
 def calibration_report(
-    samples: Samples, observer: Observer, quality: Sequence[OutputQuality]
+    model: ir.Model, samples: Samples, quality: Sequence[OutputQuality]
 ) -> CalibrationReport:
     """Say what the ranges of activations come from, and how near the outputs stayed."""
     return CalibrationReport(
@@ -80,7 +79,7 @@ def calibration_report(
         calls=len(samples),
         sha256=samples.fingerprint(),
         made_up=samples.made_up,
-        observer=observer.value,
+        observer=model.metadata_props.get(OBSERVER, ""),
         outputs=tuple(
             QualityReport(entry.name, _decibels(entry.native_db), _decibels(entry.emulated_db))
             for entry in quality
