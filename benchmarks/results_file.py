@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("qcompiler", "onnxruntime", "onnx", "onnx-ir", "numpy", "torch")
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "i8mm")
 
@@ -55,10 +55,12 @@ class Results:
         markdown: Where the table goes.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path = _FOLDER) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path = FOLDER, name: str = "weight_only"
+    ) -> None:
         folder.mkdir(exist_ok=True)
-        self.path = folder / "weight_only.json"
-        self.markdown = folder / "weight_only.md"
+        self.path = folder / f"{name}.json"
+        self.markdown = folder / f"{name}.md"
         self.content: dict[str, Any] = {"commands": [], "models": {}}
         if self.path.exists():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))

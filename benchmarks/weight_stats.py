@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def float_elements(path: Path) -> int:
         for tensor in _tensors(graph)
         if tensor.data_type in floats and len(tensor.dims) >= _RANK and tensor.name not in scales
     )
+
+
+def op_counts(path: Path) -> Counter[str]:
+    """Count the nodes of each op type, in all bodies."""
+    return Counter(node.op_type for node in _nodes(_load(path).graph))
 
 
 def matmul_nbits(path: Path) -> dict[str, float]:

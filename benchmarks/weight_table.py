@@ -1,9 +1,9 @@
 """The table of `weight_only.json`, as lines for a terminal and as Markdown."""
 
-from collections.abc import Sequence
 from typing import Any
 
-_MISSING = "-"
+from benchmarks.markdown_table import MISSING, measured_with, table
+
 _MIB = 1 << 20
 
 Record = dict[str, Any]
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 def row_text(models: Record, model: str, arm: str) -> str:
     """Return one line for an arm that was just measured."""
     cells = _cells(models[model], models[model]["arms"][arm])
-    fields = "  ".join(f"{name} {value}" for name, value in cells.items() if value != _MISSING)
+    fields = "  ".join(f"{name} {value}" for name, value in cells.items() if value != MISSING)
     return f"{model:24} {arm:34} {fields}"
 
 
@@ -25,16 +25,8 @@ def markdown(content: Record) -> str:
 
 
 def _preamble(content: Record) -> list[str]:
-    machine = content["machine"]
-    present = [name for name, found in machine["instruction_sets"].items() if found]
-    absent = [name for name, found in machine["instruction_sets"].items() if not found]
-    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     return [
-        f"Measured with {versions}, on {machine['processor']} ({machine['cores']} cores, "
-        f"{', '.join(present) or 'no vector extensions'}; without {', '.join(absent)}), 2 threads, "
-        "by:",
-        "",
-        *(f"    {command}" for command in content["commands"]),
+        *measured_with(content),
         "",
         "Scores are as the model ships: qcompiler's MatMulNBits rounds activations to 8 bits, ONNX "
         'Runtime\'s own does not. "Float act." is the score with activations in float on both '
@@ -61,20 +53,7 @@ def _float_line(record: Record) -> list[str]:
 
 
 def _table(record: Record) -> list[str]:
-    rows = {name: _cells(record, facts) for name, facts in record["arms"].items()}
-    columns = [
-        column
-        for column in dict.fromkeys(column for cells in rows.values() for column in cells)
-        if any(cells.get(column, _MISSING) != _MISSING for cells in rows.values())
-    ]
-    lines = [_line(["arm", *columns]), _line(["---"] + ["---:"] * len(columns))]
-    for name, cells in rows.items():
-        lines.append(_line([f"`{name}`", *(cells.get(column, _MISSING) for column in columns)]))
-    return lines
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return table({name: _cells(record, facts) for name, facts in record["arms"].items()})
 
 
 def _cells(record: Record, facts: Record) -> dict[str, str]:
@@ -86,7 +65,7 @@ def _cells(record: Record, facts: Record) -> dict[str, str]:
         "file MiB": f"{facts['file_bytes'] / _MIB:.1f}",
         "weights MiB": f"{facts['weight_bytes'] / _MIB:.1f}",
         "quantized %": f"{100 * _share(facts):.1f}",
-        "bits": f"{facts['average_bits']:.2f}" if facts["quantized_elements"] else _MISSING,
+        "bits": f"{facts['average_bits']:.2f}" if facts["quantized_elements"] else MISSING,
     }
     cells |= _quality_cells(facts.get("quality", {}), before["metric"])
     cells |= _latency_cells(facts.get("latency", {}))

@@ -90,12 +90,15 @@ def speech_probabilities(source: ModelSource, steps: int) -> Array:
 
 
 def sample_feeds(
-    n: int, variant: Variant = "op18_ifless", cache_dir: Path | None = None
+    n: int, variant: Variant = "op18_ifless", cache_dir: Path | None = None, seed: int = 0
 ) -> list[Feeds]:
-    """Return `n` steps of the signal with the states that the float model reaches in them."""
+    """Return `n` steps of the signal with the states that the float model reaches in them.
+
+    `evaluate` hears the signal of seed 0.
+    """
     session = open_session(build(variant, cache_dir))
     spacing = max(1, STEPS // n)
-    feeds = [feed for feed, _ in _stream(session, n * spacing)]
+    feeds = [feed for feed, _ in _stream(session, n * spacing, seed)]
     return feeds[::spacing]
 
 
@@ -139,7 +142,9 @@ def _syllable(rng: np.random.Generator) -> Array:
     return np.concatenate([0.05 * loudness * hiss, loudness * voice / np.abs(voice).max()])
 
 
-def _stream(session: ort.InferenceSession, steps: int) -> Iterator[tuple[Feeds, float]]:
+def _stream(
+    session: ort.InferenceSession, steps: int, seed: int = 0
+) -> Iterator[tuple[Feeds, float]]:
     """Yield what each step was fed, and the probability of speech it gave."""
     names = {value.name for value in session.get_inputs()}
     carried = {
@@ -147,7 +152,8 @@ def _stream(session: ort.InferenceSession, steps: int) -> Iterator[tuple[Feeds, 
         for name in names.intersection(_STATES.values())
     }
     rate = {"sr": np.array(SAMPLE_RATE, np.int64)} if "sr" in names else {}
-    audio = np.concatenate([np.zeros(CONTEXT, np.float32), speech_like_audio(steps * CHUNK)])
+    signal = speech_like_audio(steps * CHUNK, seed)
+    audio = np.concatenate([np.zeros(CONTEXT, np.float32), signal])
     for step in range(steps):
         chunk = audio[step * CHUNK : (step + 1) * CHUNK + CONTEXT]
         feeds: Feeds = {"input": chunk[None], **carried, **rate}

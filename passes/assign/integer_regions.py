@@ -131,7 +131,24 @@ class IntegerRegions:
                 return "one of its inputs is a constant in float"
             if not self.emits(value):
                 return f"its input {value.name} is computed in float, and quantizing it costs more"
+            if self.members[node].part is Part.FOLLOWS and not self._must_be_codes(value):
+                return f"its input {value.name} comes from a product that can return it in float"
         return self._unwanted(node)
+
+    def _must_be_codes(self, value: ir.Value) -> bool:
+        """Whether a value is there as codes anyway, since the kernel behind it has no other form.
+
+        A product that can return float loses accuracy, and gains little, by rounding its result
+        for the sake of an Add or Mul; in transformers such values span many orders of magnitude.
+        """
+        producer = value.producer()
+        while producer in self.members:
+            rule = self.members[producer]
+            if rule.part not in (Part.CARRIES, Part.VANISHES):
+                return rule.part is Part.FOLLOWS or rule.output
+            source = producer.inputs[0]
+            producer = source.producer() if source is not None else None
+        return False
 
     def _unwanted(self, node: ir.Node) -> str:
         output = node.outputs[0]

@@ -104,6 +104,16 @@ def cut(graph: ir.Graph, memory_limit: int) -> Iterator[Segment]:
         start = stop
 
 
+def segments_of(graph: ir.Graph, groups: Sequence[Sequence[ir.Node]]) -> list[Segment]:
+    """Return one segment for each group of nodes, which need not lie next to each other.
+
+    What a group hands to other nodes and gets back from them is both output and input.
+    """
+    constant = _constant_nodes(graph)
+    readers = _readers([node for node in graph if node not in constant])
+    return [_segment(graph, group, constant, readers) for group in groups]
+
+
 def _constant_nodes(graph: ir.Graph) -> frozenset[ir.Node]:
     """Return the nodes whose result does not depend on the model's inputs."""
     found: set[ir.Node] = set()
