@@ -24,6 +24,7 @@ from qcompiler.ir.provenance import (
 )
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.weights import WeightStore, read_slice
+from qcompiler.passes.quantize.bias_scales import least_weight_scales
 from qcompiler.quant.granularity import PerAxis, PerBlock
 from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
 from qcompiler.quant.scheme import PairLimit, QSpec
@@ -192,14 +193,18 @@ def _quantize_in_slices(
     code_type = ir.DataType[spec.qtype.onnx_name]
     # ONNX Runtime makes a QGemm only where the weight says that its zero point is 0.
     stated = QUANTIZED_INPUTS in site.node.metadata_props
+    least = least_weight_scales(site) if spec.pairs is not None else None
     if len(slices) == 1:
-        whole = quantize_tensor(reader.read(tensor, 0, 0, site.shape[0]), spec, method, scale_dtype)
+        values = reader.read(tensor, 0, 0, site.shape[0])
+        whole = quantize_tensor(values, spec, method, scale_dtype, least)
         codes = store.put(f"{name}.codes", whole.codes, code_type)
         return _weight(name, codes, [whole], axis, code_type, store, state_zeros=stated)
     writer = store.open_tensor(f"{name}.codes", code_type, site.shape)
     parts: list[QuantizedTensor] = []
     for start, stop in slices:
-        part = quantize_tensor(reader.read(tensor, axis, start, stop), spec, method, scale_dtype)
+        values = reader.read(tensor, axis, start, stop)
+        floor = None if least is None else least[start:stop]
+        part = quantize_tensor(values, spec, method, scale_dtype, floor)
         writer.write_slice(axis, start, part.codes)
         parts.append(_without_codes(part))
     return _weight(name, writer.finish(), parts, axis, code_type, store, state_zeros=stated)

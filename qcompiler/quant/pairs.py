@@ -40,7 +40,11 @@ def restore_rows(rows: Array, shape: tuple[int, ...], axis: int, pairs: PairLimi
 
 
 def quantize_rows(
-    rows: Rows, pairs: PairLimit, qmax: int, scale_dtype: npt.DTypeLike
+    rows: Rows,
+    pairs: PairLimit,
+    qmax: int,
+    scale_dtype: npt.DTypeLike,
+    least_scale: Rows | None = None,
 ) -> tuple[IntArray, Array]:
     """Round rows symmetrically, each with the smallest scale that keeps its pairs in bounds.
 
@@ -52,12 +56,15 @@ def quantize_rows(
         pairs: The limit.
         qmax: Largest code; the smallest is -qmax.
         scale_dtype: float32, float16 or bfloat16.
+        least_scale: `[channels]`, below which no scale may be, or None.
 
     Returns:
         int8 codes `[channels, K]`, and scales `[channels]`.
     """
     magnitude = np.abs(rows).max(axis=1, initial=0.0)
     wanted = np.maximum(magnitude / qmax, _largest_pair_sums(rows) / pairs.limit)
+    if least_scale is not None:
+        wanted = np.maximum(wanted, least_scale)
     scale = round_scale(wanted, scale_dtype)
     exact = rows / scale.astype(np.float32)[:, np.newaxis]
     codes = np.clip(np.rint(exact), -qmax, qmax)

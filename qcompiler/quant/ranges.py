@@ -59,7 +59,11 @@ def sqnr_db(squared_signal: float, squared_error: float) -> float:
 
 
 def quantize_tensor(
-    values: Array, spec: QSpec, method: RangeMethod, scale_dtype: npt.DTypeLike
+    values: Array,
+    spec: QSpec,
+    method: RangeMethod,
+    scale_dtype: npt.DTypeLike,
+    least_scale: Array | None = None,
 ) -> QuantizedTensor:
     """Choose scales (and zero points) for `values` and round them to codes.
 
@@ -74,6 +78,8 @@ def quantize_tensor(
         spec: Integer type, granularity and symmetry.
         method: How ranges are chosen.
         scale_dtype: float32, float16 or bfloat16.
+        least_scale: float32, of the shape of the scale: below it no scale may be. For types with
+            limited pairs only.
 
     Raises:
         ValueError: A value is NaN or infinite, a dtype is not supported, or the granularity does
@@ -82,7 +88,7 @@ def quantize_tensor(
     check_float_dtype(values.dtype, "values")
     check_float_dtype(np.dtype(scale_dtype), "scales")
     if spec.pairs is not None:
-        return _quantize_pairs(values, spec, spec.pairs, scale_dtype)
+        return _quantize_pairs(values, spec, spec.pairs, scale_dtype, least_scale)
     qtype = spec.qtype
     shape = scale_shape(values.shape, spec.granularity)
     codes = np.empty(values.shape, np.int8 if qtype.signed else np.uint8)
@@ -121,7 +127,11 @@ def quantize_tensor(
 
 
 def _quantize_pairs(
-    values: Array, spec: QSpec, pairs: PairLimit, scale_dtype: npt.DTypeLike
+    values: Array,
+    spec: QSpec,
+    pairs: PairLimit,
+    scale_dtype: npt.DTypeLike,
+    least_scale: Array | None,
 ) -> QuantizedTensor:
     """Quantize with min-max ranges widened to what neighbouring codes may add up to."""
     if not isinstance(spec.granularity, PerAxis) or not (spec.symmetric and spec.qtype.signed):
@@ -132,7 +142,7 @@ def _quantize_pairs(
     if not np.isfinite(rows).all():
         message = "values hold NaN or infinity"
         raise ValueError(message)
-    codes, scale = quantize_rows(rows, pairs, spec.qtype.qmax, scale_dtype)
+    codes, scale = quantize_rows(rows, pairs, spec.qtype.qmax, scale_dtype, least_scale)
     restored = codes.astype(np.float32) * scale.astype(np.float32)[:, np.newaxis]
     return QuantizedTensor(
         np.ascontiguousarray(restore_rows(codes, values.shape, axis, pairs)),

@@ -1,0 +1,75 @@
+"""Comparing outputs of a model and of what was made of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.calibration.quality import MOST_CALLS, Reference, output_quality
+from tests.support.graphs import build
+
+
+def model(factor: float, second: float = 1.0) -> ir.Model:
+    """Two outputs: x times one constant, and x times another."""
+    return build(
+        f"""
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[n, 3] x) => (float[n, 3] y, float[n, 3] z)
+        <float a = {{{factor}}}, float b = {{{second}}}> {{ y = Mul(x, a)  z = Mul(x, b) }}
+        """
+    )
+
+
+def samples(count: int, read: list[int] | None = None) -> Samples:
+    def calls() -> Iterator[Feeds]:
+        for index in range(count):
+            if read is not None:
+                read.append(index)
+            yield {"x": np.full((index + 1, 3), index + 1, np.float32)}
+
+    return Samples("test", False, count, calls)
+
+
+def saved(model: ir.Model, path: Path) -> Path:
+    ir.save(model, path)
+    return path
+
+
+def test_each_output_has_its_own_distance(tmp_path: Path) -> None:
+    source = saved(model(1.0), tmp_path / "a.onnx")
+    other = saved(model(1.1, 1.0), tmp_path / "b.onnx")
+    first, second = output_quality(source, other, samples(3))
+    assert (first.name, second.name) == ("y", "z")
+    assert first.native_db == pytest.approx(20.0, abs=0.01)
+    assert first.emulated_db == pytest.approx(20.0, abs=0.01)
+    assert second.native_db == np.inf
+
+
+def test_the_worst_output_counts_for_a_variant() -> None:
+    reference = Reference(model(1.0), samples(3), memory=1 << 20, most_calls=8)
+    assert reference.sqnr_db(model(1.0, 1.01)) == pytest.approx(40.0, abs=0.1)
+    assert reference.sqnr_db(model(1.1, 1.01)) == pytest.approx(20.0, abs=0.1)
+    assert reference.sqnr_db(model(1.0)) == np.inf
+
+
+def test_nan_is_infinitely_far() -> None:
+    reference = Reference(model(1.0), samples(2), memory=1 << 20, most_calls=8)
+    broken = model(1.0)
+    broken.graph.initializers["a"].const_value = ir.tensor(np.array([np.nan], np.float32))
+    assert reference.sqnr_db(broken) == -np.inf
+
+
+def test_outputs_are_kept_within_memory() -> None:
+    reference = Reference(model(1.0), samples(20), memory=1, most_calls=8)
+    assert len(reference) == 1
+    assert len(Reference(model(1.0), samples(20), memory=1 << 20, most_calls=8)) == 8
+
+
+def test_the_last_calls_are_used(tmp_path: Path) -> None:
+    path = saved(model(1.0), tmp_path / "a.onnx")
+    read: list[int] = []
+    output_quality(path, path, samples(MOST_CALLS + 5, read))
+    assert read == list(range(MOST_CALLS + 5))
