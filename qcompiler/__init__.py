@@ -13,6 +13,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.calibration.calls import SampleOptions
+    from qcompiler.calibration.observers import Observer
     from qcompiler.compile import CompileResult, compile_model
     from qcompiler.errors import (
         InternalError,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
-    from qcompiler.pipeline import CompileOptions, Verification
+    from qcompiler.options import CalibrationOptions, CompileOptions, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.recipe import Recipe, Rule
     from qcompiler.quant.selector import Selector
@@ -30,15 +32,18 @@ if TYPE_CHECKING:
 __version__ = version("qcompiler")
 
 __all__ = [
+    "CalibrationOptions",
     "CompileOptions",
     "CompileResult",
     "InternalError",
     "ModelError",
+    "Observer",
     "ParityError",
     "QCompilerError",
     "RangeMethod",
     "Recipe",
     "Rule",
+    "SampleOptions",
     "Selector",
     "TargetError",
     "UsageError",
@@ -48,13 +53,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "CompileOptions": "qcompiler.pipeline",
+    "CalibrationOptions": "qcompiler.options",
+    "CompileOptions": "qcompiler.options",
     "CompileResult": "qcompiler.compile",
+    "Observer": "qcompiler.calibration.observers",
     "RangeMethod": "qcompiler.quant.ranges",
     "Recipe": "qcompiler.quant.recipe",
     "Rule": "qcompiler.quant.recipe",
+    "SampleOptions": "qcompiler.calibration.calls",
     "Selector": "qcompiler.quant.selector",
-    "Verification": "qcompiler.pipeline",
+    "Verification": "qcompiler.options",
     "compile_model": "qcompiler.compile",
 }
 

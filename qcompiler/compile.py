@@ -9,36 +9,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
+from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
-from qcompiler.ir.provenance import SCHEME, forget
+from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
-from qcompiler.pipeline import (
-    CompileOptions,
-    Plan,
-    Verification,
-    make_plan,
-    pipeline,
-    with_data,
-)
+from qcompiler.options import CompileOptions, Verification
+from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
     calibration_report,
     calibration_warnings,
     kernel_warnings,
+    latency_warnings,
     node_reports,
     output_checks,
     pass_reports,
@@ -49,6 +47,8 @@ from qcompiler.report.records import FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+
+_LATENCY_BUDGET: Final = Budget(seconds=1.5, fewest=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +129,30 @@ def compile_model(
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
             _require_something_done(model)
-            saved = save_model(
-                model,
-                workspace / "out" / target_path.name,
-                progress=progress,
-                external_data=options.external_data,
-            )
+            with without_times(model):
+                saved = save_model(
+                    model,
+                    workspace / "out" / target_path.name,
+                    progress=progress,
+                    external_data=options.external_data,
+                )
             source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress)
         quality = _quality(plan, path, saved, progress)
+        latency = _latency(plan, path, saved, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
-            plan, source_facts, saved, model, nodes, records, numerics, inspection, quality, started
+            plan,
+            source_facts,
+            saved,
+            model,
+            nodes,
+            records,
+            numerics,
+            inspection,
+            quality,
+            latency,
+            started,
         )
         return _publish(saved, target_path, report, _settings(plan, options))
 
@@ -278,6 +290,22 @@ def _quality(
     )
 
 
+def _latency(plan: Plan, source: Path, saved: SavedModel, progress: Progress) -> tuple[Timing, ...]:
+    """Time source and result on the largest sample, if regions were measured."""
+    if plan.data is None or not plan.never_slower:
+        return ()
+    with progress.task("measuring latency", 1) as advance:
+        timings = compare_latency(
+            (source, saved.path),
+            largest_call(plan.data.samples),
+            _LATENCY_BUDGET,
+            threads=plan.threads,
+            custom_op_libraries=plan.custom_op_libraries,
+        )
+        advance(1)
+    return timings
+
+
 def _report(
     plan: Plan,
     source: FileFacts,
@@ -288,9 +316,10 @@ def _report(
     numerics: VerifyNumerics | None,
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
+    latency: Sequence[Timing],
     started: float,
 ) -> Report:
-    warnings = kernel_warnings(nodes)
+    warnings = latency_warnings(latency) + kernel_warnings(nodes)
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
@@ -307,7 +336,7 @@ def _report(
             fingerprint(saved.path),
             standard_opset(model),
         ),
-        summary=summarize(nodes, seconds=time.perf_counter() - started),
+        summary=summarize(nodes, latency, seconds=time.perf_counter() - started),
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
@@ -321,6 +350,10 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
     """Return what decides the bytes of the result beside model and recipe."""
     return {
         "weight_range": plan.weight_range.value,
+        "never_slower": plan.never_slower,
+        "min_output_sqnr": options.min_output_sqnr,
+        "metric": options.metric,
+        "max_metric_drop": options.max_metric_drop,
         "user_passes": list(options.user_passes),
         "external_data": options.external_data,
     }

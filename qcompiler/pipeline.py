@@ -1,17 +1,20 @@
-"""What a compilation is made of: its options, and the passes they lead to, in order."""
+"""What a compilation is made of: the passes that its options lead to, in order."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.calibration.calls import SampleOptions, Samples
-from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
+from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.held_out import hold_out
+from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
 from qcompiler.errors import UsageError
+from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
+from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
 from qcompiler.passes.canonicalize.assign_names import AssignNames
 from qcompiler.passes.canonicalize.convert_opset import ConvertOpset, ConvertOpsetOptions
@@ -25,9 +28,11 @@ from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
+from qcompiler.passes.lower.isolate_float_ops import IsolateFloatOps
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
+from qcompiler.passes.lower.quantize_biases import QuantizeBiases
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
@@ -42,81 +47,6 @@ from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.targets.capability import Target
 from qcompiler.targets.registry import find_target
-
-
-class Verification(StrEnum):
-    """How much is checked after every pass."""
-
-    STRUCTURE = "structure"
-    """Use-def, topology, the stage's legality rules, ONNX's checker at stage boundaries."""
-    NUMERICS = "numerics"
-    """All of that, and the model's outputs against those before the pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """How ranges of activations are found.
-
-    Attributes:
-        source: Where the samples are: see `calibration.samples.open_samples`.
-        samples: How they are read.
-        observer: How ranges are chosen; None tries each on a few calls and takes the best.
-        percentile: For that observer: percent of the values to keep.
-        outlier_channels: Channels of one value that may stay in float at most.
-        memory_budget: Bytes the process may take while it calibrates.
-        statistics: A file that statistics are kept in and reused from.
-    """
-
-    source: str
-    samples: SampleOptions = field(default_factory=SampleOptions)
-    observer: Observer | None = None
-    percentile: float = DEFAULT_PERCENTILE
-    outlier_channels: int = 8
-    memory_budget: int = 2 << 30
-    statistics: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
-    """What a compilation is asked to do.
-
-    Attributes:
-        scheme: Text form of one scheme for every site; None takes the target's default.
-        recipe: Path of a TOML recipe, or a `Recipe`; excludes `scheme`.
-        target: Name of the target.
-        exclude: Node name patterns (glob, or /regex/) that stay in float.
-        calibration: Samples that activation ranges come from, None without; a text is where
-            they are.
-        weight_range: How weight clipping ranges are chosen; None takes the recipe's, or
-            "weighted-mse".
-        user_passes: `module:function` references, run on the canonical model in this order.
-        verify: How much is checked after every pass.
-        samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
-        seed: Seed of made-up inputs.
-        dump_ir: Folder that gets the model after every pass, or None.
-        external_data: Whether weights go to a file of their own; None decides by size.
-        custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
-        inspect_kernels: Whether to load the result in the target's runtime and see what runs.
-        workers: Threads for quantizing; None is the number of processors.
-        memory_limit: Bytes of weights loaded at once when the runtime is inspected.
-    """
-
-    scheme: str | None = None
-    recipe: Path | Recipe | None = None
-    target: str = "onnxruntime"
-    exclude: tuple[str, ...] = ()
-    calibration: CalibrationOptions | str | None = None
-    weight_range: RangeMethod | None = None
-    user_passes: tuple[str, ...] = ()
-    verify: Verification = Verification.STRUCTURE
-    samples: Path | None = None
-    seed: int = 0
-    dump_ir: Path | None = None
-    external_data: bool | None = None
-    custom_op_libraries: tuple[Path, ...] = ()
-    inspect_kernels: bool = True
-    workers: int | None = None
-    memory_limit: int = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +76,10 @@ class Plan:
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
             the model is known.
+        bound: What must hold of the outputs, or None.
+        never_slower: Whether latency is measured.
+        measurements: The file that latencies are kept in, or None.
+        threads: Threads of one operator when latency is measured, None for the runtime's own.
     """
 
     target: Target
@@ -156,6 +90,10 @@ class Plan:
     calibration: CalibrationOptions | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
+    bound: OutputBound | None = None
+    never_slower: bool = False
+    measurements: Path | None = None
+    threads: int | None = None
 
 
 def make_plan(options: CompileOptions) -> Plan:
@@ -168,14 +106,22 @@ def make_plan(options: CompileOptions) -> Plan:
     recipe = _recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
+    calibration = _calibration(options, schemes)
+    if options.never_slower and calibration is None:
+        message = "there are no integer regions to measure without calibrated activations"
+        raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
     return Plan(
         target,
         recipe,
         options.weight_range or recipe.weight_range or RangeMethod.WEIGHTED_MSE,
         opset,
         tuple(RunUserPass(reference) for reference in options.user_passes),
-        _calibration(options, schemes),
+        calibration,
         options.custom_op_libraries,
+        bound=_bound(options, calibration),
+        never_slower=calibration is not None and options.never_slower is not False,
+        measurements=options.measurements,
+        threads=options.threads,
     )
 
 
@@ -209,13 +155,23 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
     return replace(plan, data=CalibrationData(samples, model_fingerprint))
 
 
+def _bound(options: CompileOptions, calibration: CalibrationOptions | None) -> OutputBound | None:
+    bound = output_bound(options.min_output_sqnr, options.metric, options.max_metric_drop)
+    if bound is not None and calibration is None:
+        message = f"{bound.option} chooses which ops keep calibrated activations, and none has any"
+        raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
+    return bound
+
+
 def _calibrate_options(plan: Plan) -> CalibrateOptions:
     options, data = plan.calibration, plan.data
     if options is None or data is None:
         message = "calibrate needs samples"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
+    # What judges the ranges must not have made them.
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
     return CalibrateOptions(
-        data.samples,
+        samples,
         data.model_fingerprint,
         options.observer,
         (SplitOutlierChannels(), InsertActivationQdq()),
@@ -224,6 +180,50 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
         options.memory_budget,
         options.statistics,
         plan.custom_op_libraries,
+    )
+
+
+def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
+    if plan.bound is None or plan.calibration is None or plan.data is None:
+        message = "there is no bound that must hold"
+        hint = "give --calibration DATA, a scheme such as w8a8, and --min-output-sqnr or --metric"
+        raise UsageError(message, where=AssignFallbacks.name, hint=hint)
+    return AssignFallbacks(
+        FallbackOptions(
+            plan.bound,
+            plan.data.samples,
+            plan.target,
+            PlaceQuantizers(PlaceOptions(plan.target.placement)),
+            tuple(quantizing_passes(plan)),
+            plan.calibration.memory_budget,
+            plan.custom_op_libraries,
+        )
+    )
+
+
+def quantizing_passes(plan: Plan) -> list[Pass]:
+    """Return what makes a Q/DQ graph of one whose quantizers are placed and calibrated."""
+    return _made([SplitOutlierChannels, InsertActivationQdq, InsertQdq], plan)
+
+
+def _drop_slow_regions(plan: Plan) -> DropSlowRegions:
+    if plan.data is None:
+        message = "regions are measured on samples"
+        raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
+    # What the codes are does not change the speed, so the quickest way to find them will do.
+    quick = replace(plan, weight_range=RangeMethod.MIN_MAX)
+    kinds = [*_QUANTIZING, *_lowering(plan)]
+    remaining = kinds[kinds.index(DropSlowRegions) + 1 :]
+    return DropSlowRegions(
+        DropSlowRegionsOptions(
+            plan.target,
+            plan.data.samples,
+            PlaceQuantizers(PlaceOptions(plan.target.placement)),
+            tuple(_made(remaining, quick)),
+            plan.measurements,
+            plan.threads,
+            plan.custom_op_libraries,
+        )
     )
 
 
@@ -254,58 +254,62 @@ def _recipe(options: CompileOptions, target: Target) -> Recipe:
 
 PassFactory = Callable[[Plan], Pass]
 
-_CANONICALIZING: dict[str, PassFactory] = {
-    InlineFunctions.name: lambda plan: InlineFunctions(),
-    ConvertOpset.name: lambda plan: ConvertOpset(
-        ConvertOpsetOptions(plan.opset, plan.target.opset_max)
-    ),
-    LiftConstants.name: lambda plan: LiftConstants(),
-    EliminateIdentity.name: lambda plan: EliminateIdentity(),
-    FoldConstants.name: lambda plan: FoldConstants(),
-    FoldBatchNorm.name: lambda plan: FoldBatchNorm(),
-    Deduplicate.name: lambda plan: Deduplicate(),
-    EliminateDead.name: lambda plan: EliminateDead(),
-    AssignNames.name: lambda plan: AssignNames(),
-    VerifyCanonical.name: lambda plan: VerifyCanonical(),
+_CANONICALIZING: dict[type[Pass], PassFactory] = {
+    InlineFunctions: lambda plan: InlineFunctions(),
+    ConvertOpset: lambda plan: ConvertOpset(ConvertOpsetOptions(plan.opset, plan.target.opset_max)),
+    LiftConstants: lambda plan: LiftConstants(),
+    EliminateIdentity: lambda plan: EliminateIdentity(),
+    FoldConstants: lambda plan: FoldConstants(),
+    FoldBatchNorm: lambda plan: FoldBatchNorm(),
+    Deduplicate: lambda plan: Deduplicate(),
+    EliminateDead: lambda plan: EliminateDead(),
+    AssignNames: lambda plan: AssignNames(),
+    VerifyCanonical: lambda plan: VerifyCanonical(),
 }
 
-_QUANTIZING: dict[str, PassFactory] = {
-    AssignSchemes.name: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
-    PlaceQuantizers.name: lambda plan: PlaceQuantizers(PlaceOptions(plan.target.placement)),
-    Calibrate.name: lambda plan: Calibrate(_calibrate_options(plan)),
-    SplitOutlierChannels.name: lambda plan: SplitOutlierChannels(),
-    InsertActivationQdq.name: lambda plan: InsertActivationQdq(),
-    InsertQdq.name: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
+_QUANTIZING: dict[type[Pass], PassFactory] = {
+    AssignSchemes: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
+    PlaceQuantizers: lambda plan: PlaceQuantizers(PlaceOptions(plan.target.placement)),
+    Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
+    AssignFallbacks: _assign_fallbacks,
+    DropSlowRegions: _drop_slow_regions,
+    SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
+    InsertActivationQdq: lambda plan: InsertActivationQdq(),
+    InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
 }
 
-_STATIC = frozenset(
-    {PlaceQuantizers.name, Calibrate.name, SplitOutlierChannels.name, InsertActivationQdq.name}
+_STATIC: frozenset[type[Pass]] = frozenset(
+    {PlaceQuantizers, Calibrate, SplitOutlierChannels, InsertActivationQdq}
 )
 """Those that only calibrated activations need."""
 
-_LOWERING: dict[str, PassFactory] = {
-    DecomposeGemm.name: lambda plan: DecomposeGemm(),
-    LowerMatMulNBits.name: lambda plan: LowerMatMulNBits(),
-    LowerEmbeddings.name: lambda plan: LowerEmbeddings(),
-    LowerDynamicQuantization.name: lambda plan: LowerDynamicQuantization(),
-    DecodeAtLoad.name: lambda plan: DecodeAtLoad(),
+_LOWERING: dict[type[Pass], PassFactory] = {
+    QuantizeBiases: lambda plan: QuantizeBiases(),
+    DecomposeGemm: lambda plan: DecomposeGemm(),
+    LowerMatMulNBits: lambda plan: LowerMatMulNBits(),
+    LowerEmbeddings: lambda plan: LowerEmbeddings(),
+    LowerDynamicQuantization: lambda plan: LowerDynamicQuantization(),
+    DecodeAtLoad: lambda plan: DecodeAtLoad(),
+    IsolateFloatOps: lambda plan: IsolateFloatOps(),
 }
 """Which of them run, and in which order, says the target."""
 
-_VERIFYING: dict[str, PassFactory] = {
-    VerifyTarget.name: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
+_VERIFYING: dict[type[Pass], PassFactory] = {
+    VerifyTarget: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
 }
 
-PASSES: dict[str, PassFactory] = _CANONICALIZING | _QUANTIZING | _LOWERING | _VERIFYING
+_FACTORIES = _CANONICALIZING | _QUANTIZING | _LOWERING | _VERIFYING
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _FACTORIES}
 """Every pass by name, in the order of the pipeline."""
 
-_CLEANING_UP = (
-    LiftConstants.name,
-    FoldConstants.name,
-    Deduplicate.name,
-    EliminateDead.name,
-    AssignNames.name,
-    VerifyCanonical.name,
+_CLEANING_UP: tuple[type[Pass], ...] = (
+    LiftConstants,
+    FoldConstants,
+    Deduplicate,
+    EliminateDead,
+    AssignNames,
+    VerifyCanonical,
 )
 """What brings a model that a user's pass changed back to canonical form."""
 
@@ -315,14 +319,21 @@ def pipeline(plan: Plan) -> list[Pass]:
     passes = _made(_CANONICALIZING, plan)
     if plan.user_passes:
         passes += [*plan.user_passes, *_made(_CLEANING_UP, plan)]
-    quantizing = [
-        name for name in _QUANTIZING if plan.calibration is not None or name not in _STATIC
-    ]
-    return passes + _made([*quantizing, *plan.target.lowering, *_VERIFYING], plan)
+    left_out: frozenset[type[Pass]] = frozenset() if plan.calibration is not None else _STATIC
+    if not plan.never_slower:
+        left_out |= {DropSlowRegions}
+    if plan.bound is None:
+        left_out |= {AssignFallbacks}
+    quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
+    return passes + _made([*quantizing, *_lowering(plan), *_VERIFYING], plan)
 
 
-def _made(names: Iterable[str], plan: Plan) -> list[Pass]:
-    return [PASSES[name](plan) for name in names]
+def _lowering(plan: Plan) -> list[type[Pass]]:
+    return [PASSES[name] for name in plan.target.lowering]
+
+
+def _made(kinds: Iterable[type[Pass]], plan: Plan) -> list[Pass]:
+    return [_FACTORIES[kind](plan) for kind in kinds]
 
 
 def pass_named(name: str, plan: Plan) -> Pass:
@@ -334,4 +345,4 @@ def pass_named(name: str, plan: Plan) -> Pass:
     if name not in PASSES:
         message = f"no pass is called {name!r}"
         raise UsageError(message, hint=f"passes: {', '.join(PASSES)}")
-    return PASSES[name](plan)
+    return _FACTORIES[PASSES[name]](plan)

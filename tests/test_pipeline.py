@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from qcompiler.pipeline import PASSES, CompileOptions, make_plan, pipeline
+from qcompiler.errors import UsageError
+from qcompiler.options import CompileOptions
+from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
+from qcompiler.pipeline import PASSES, make_plan, pipeline, with_data
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.targets.registry import TARGETS
+from tests.support.graphs import build
 
 
 def names(options: CompileOptions) -> list[str]:
@@ -48,10 +52,40 @@ def test_a_user_s_model_becomes_canonical_again() -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "opset"),
-    [("float", 21), ("w8a16", 21), ("w3a16:b128", 21), ("w7a8-dynamic", 21), ("w2a16:b64", 25)],
+    [("float", 21), ("w8a16", 21), ("w3a16:b128", 21), ("w8a8-dynamic", 21), ("w2a16:b64", 25)],
 )
 def test_opset_of_a_scheme(scheme: str, opset: int) -> None:
     assert make_plan(CompileOptions(scheme=scheme)).opset == opset
+
+
+def passes_with_samples(never_slower: bool | None) -> list[str]:
+    options = CompileOptions(calibration="random", never_slower=never_slower)
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    plan = with_data(make_plan(options), model, lambda: "")
+    return [rewrite.name for rewrite in pipeline(plan)]
+
+
+def test_regions_are_measured_where_there_are_samples() -> None:
+    found = passes_with_samples(None)
+    assert found == passes_with_samples(True)
+    at = found.index("drop-slow-regions")
+    assert found.index("calibrate") < at < found.index("split-outlier-channels")
+    assert "drop-slow-regions" not in passes_with_samples(False)
+    assert "drop-slow-regions" not in names(CompileOptions())
+    with pytest.raises(UsageError, match="no integer regions to measure"):
+        make_plan(CompileOptions(never_slower=True))
+
+
+def test_regions_are_measured_as_the_rest_of_the_pipeline_makes_them() -> None:
+    options = CompileOptions(calibration="random")
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    passes = pipeline(with_data(make_plan(options), model, lambda: ""))
+    at = next(i for i, rewrite in enumerate(passes) if isinstance(rewrite, DropSlowRegions))
+    bench = passes[at]
+    assert isinstance(bench, DropSlowRegions)
+    rest = [rewrite.name for rewrite in passes[at + 1 :]]
+    assert [rewrite.name for rewrite in bench.options.remaining] == rest[:-1]
+    assert rest[-1] == "verify-target"
 
 
 def test_every_pass_is_in_the_table() -> None:

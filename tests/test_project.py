@@ -105,7 +105,7 @@ def test_documented_schemes_can_be_read() -> None:
 
 def test_help_offers_what_exists() -> None:
     from qcompiler.cli.compile import command
-    from qcompiler.pipeline import Verification
+    from qcompiler.options import Verification
     from qcompiler.quant.ranges import RangeMethod
 
     choices = {p.name: getattr(p.type, "choices", None) for p in command.params}

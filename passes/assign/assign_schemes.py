@@ -17,7 +17,8 @@ from qcompiler.quant.scheme import FLOAT, QScheme
 from qcompiler.quant.selector import nearest
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
-from qcompiler.targets.capability import Resolution, SchemeRequest, Target, resolve
+from qcompiler.targets.capability import Resolution, Target, resolve
+from qcompiler.targets.site_requests import request_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class AssignSchemes(Pass):
                 where=node_label(site.node),
                 hint="the export is broken, or exclude the node",
             )
-        request = _request(site, scheme, tied=tied, in_body=site.node.graph is not main)
+        request = request_for(site, scheme, tied=tied, in_body=site.node.graph is not main)
         resolution = resolve(self.options.target, request)
         if resolution.scheme is None:
             return Decision(None, resolution.rule, resolution.reason)
@@ -155,23 +156,6 @@ class AssignSchemes(Pass):
 def _sentence(label: str, rule: Rule | None, resolution: Resolution) -> str:
     asked = f"{label} asks for it" + (f" ({rule.reason})" if rule and rule.reason else "")
     return f"{asked}; {resolution.reason}" if resolution.reason else asked
-
-
-def _request(site: Site, scheme: QScheme, *, tied: bool, in_body: bool) -> SchemeRequest:
-    return SchemeRequest(
-        op_type=site.row.op_type,
-        domain=site.row.domain,
-        scheme=scheme,
-        float_type=site.tensor.dtype.name,
-        reduction=site.reduction,
-        outputs=site.outputs,
-        weight_rank=len(site.shape),
-        elements=site.tensor.size,
-        transposed=site.transposed,
-        tied=tied,
-        left=site.left,
-        in_body=in_body,
-    )
 
 
 def _match(

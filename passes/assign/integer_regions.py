@@ -14,6 +14,7 @@ from qcompiler.ir.dataflow import constant_of, standard_domain
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.quant.scheme import Activations
 from qcompiler.targets.placement import Part, Placement, PlacementRule
+from qcompiler.targets.rows import LegalAttribute
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class IntegerRegions:
             return "no integer kernel computes what it clips"
         if len(source.uses()) > 1 or source.is_graph_output():
             return f"{source.name} is read by others too, before it is clipped"
-        return ""
+        return "" if _clips_at_zero(node) else "codes end at 0 only, and it clips elsewhere"
 
 
 _COMPLAINTS: dict[Part, Callable[[IntegerRegions, ir.Node], str]] = {
@@ -205,18 +206,42 @@ def _candidate(node: ir.Node, placement: Placement) -> PlacementRule | None:
     text = mode.as_string() if mode is not None and mode.type == ir.AttributeType.STRING else None
     op = (standard_domain(node.domain), node.op_type)
     rule = placement.rule_for(op, "nearest" if op == ("", "Resize") and text is None else text)
-    if rule is None:
+    if rule is None or not all(_is_legal(node, entry) for entry in rule.attributes):
         return None
     if rule.part is Part.COMPUTES:
         scheme = scheme_of(node)
         return rule if scheme and scheme.activations is Activations.STATIC else None
     values = [node.inputs[index] for index in _data_positions(node, rule)]
-    values.append(node.outputs[0])
+    values += [value for value in node.outputs if value.name]
     floats = all(
         value is not None and value.dtype is not None and value.dtype.name in placement.float_types
         for value in values
     )
     return rule if floats else None
+
+
+def _is_legal(node: ir.Node, entry: LegalAttribute) -> bool:
+    attribute = node.attributes.get(entry.name)
+    if attribute is None:
+        return True
+    several = attribute.type == ir.AttributeType.INTS
+    values = attribute.as_ints() if several else (attribute.as_int(),)
+    return all(value in entry.values for value in values)
+
+
+def _clips_at_zero(node: ir.Node) -> bool:
+    """Whether a Relu or Clip stops at 0, where the codes of what it returns begin.
+
+    ONNX Runtime removes a Clip whose bounds are constants that contain the range of the codes. A
+    range that ends elsewhere than at 0 is not met exactly: its zero point is rounded.
+    """
+    if node.op_type == "Relu":
+        return True
+    lower = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    upper = node.inputs[2] if len(node.inputs) > 2 else None
+    if lower is None or float(lower.numpy()) != 0.0:
+        return False
+    return upper is None or constant_of(upper) is not None
 
 
 def _data_positions(node: ir.Node, rule: PlacementRule) -> tuple[int, ...]:

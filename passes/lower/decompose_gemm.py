@@ -24,8 +24,9 @@ class DecomposeGemm(Pass):
 
     Before: y = Gemm(x, DequantizeLinear(codes), c, alpha, beta, transB=1)
     After:  y = alpha * MatMul(x, Transpose(DequantizeLinear(codes))) + beta * c
-    Refuses: nothing; a Gemm that is fused as it is, whose activations are calibrated (QGemm knows
-        all of it), or whose weight is float, is left alone.
+    Refuses: nothing; a Gemm that is fused as it is, or whose weight is float, is left alone. One
+        on quantized activations becomes a QGemm, transposed or not, without alpha and beta and
+        with a bias of int32 codes, if any.
     """
 
     name: ClassVar[str] = "decompose-gemm"
@@ -40,7 +41,7 @@ class DecomposeGemm(Pass):
         for node in list(all_nodes(model)):
             if not is_op(node, "Gemm") or weight_path(node) is None:
                 continue
-            if reads_codes(node) or (is_plain_product(node) and not _is_dynamic(node)):
+            if _is_fused(node):
                 continue
             name = node_name(node)
             parts = self._parts(node, name)
@@ -94,6 +95,17 @@ def _move_facts(parts: Sequence[ir.Node]) -> None:
     last.metadata_props.clear()
     last.metadata_props[CREATED_BY] = own
     product.name, last.name = last.name, product.name
+
+
+def _is_fused(node: ir.Node) -> bool:
+    """Whether ONNX Runtime finds an integer kernel for a Gemm as it is."""
+    if not reads_codes(node):
+        return is_plain_product(node) and not _is_dynamic(node)
+    factors = [node.attributes.get(name) for name in ("alpha", "beta")]
+    if any(factor is not None and factor.as_float() != 1.0 for factor in factors):
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return bias is None or is_op(bias.producer(), "DequantizeLinear")
 
 
 def _is_dynamic(node: ir.Node) -> bool:

@@ -1,16 +1,12 @@
 """How small the scales of a weight may be for its op's bias to fit 32 bits."""
 
-from typing import Any, Final
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.ir.dataflow import constant_of, is_op
+from qcompiler.ir.biases import LARGEST_CODE, bias_of, data_scale
 from qcompiler.ir.quantizable import Site
-from qcompiler.ir.weights import read_all
-
-_LARGEST_CODE: Final = 2.0**30
-"""Half of what 32 bits hold: the other half is for the sum of products."""
 
 
 def least_weight_scales(site: Site) -> npt.NDArray[np.float32] | None:
@@ -27,19 +23,14 @@ def least_weight_scales(site: Site) -> npt.NDArray[np.float32] | None:
         float32 `[outputs]`; a larger scale costs the weights of such a channel precision that
         they do not need.
     """
-    node, row = site.node, site.row
-    if row.bias is None or row.data is None or len(node.inputs) <= row.bias:
+    bias, step = bias_of(site.node), data_scale(site.node)
+    if bias is None or step is None or len(bias.values) not in (1, site.outputs):
         return None
-    bias, data = constant_of(node.inputs[row.bias]), node.inputs[row.data]
-    dequantize = data.producer() if data is not None else None
-    if bias is None or dequantize is None or not is_op(dequantize, "DequantizeLinear"):
-        return None
-    scale = constant_of(dequantize.inputs[1])
-    if scale is None or scale.size != 1:
-        return None
-    beta = node.attributes.get("beta")
-    factor = 1.0 if beta is None else abs(beta.as_float())
-    values: npt.NDArray[Any] = np.abs(read_all(bias).astype(np.float64)).reshape(-1) * factor
-    step = float(read_all(scale).astype(np.float64).reshape(-1)[0])
-    least = values / (step * _LARGEST_CODE)
+    least = np.abs(bias.values.astype(np.float64)) / (step * LARGEST_CODE)
     return np.broadcast_to(least, (site.outputs,)).astype(np.float32)
+
+
+def least_shared_scales(sites: Sequence[Site]) -> npt.NDArray[np.float32] | None:
+    """Return the same for a weight that several sites share: the largest of theirs."""
+    found = [least for least in map(least_weight_scales, sites) if least is not None]
+    return np.maximum.reduce(found) if found else None

@@ -25,6 +25,7 @@ from qcompiler.calibration.statistics_file import load_statistics, save_statisti
 from qcompiler.ir.dataflow import int_attribute, is_op
 from qcompiler.ir.provenance import (
     ACTIVATION_SQNR,
+    MADE_UP,
     OBSERVER,
     OUTLIERS,
     PLACEMENT,
@@ -109,6 +110,8 @@ class Calibrate(Pass):
         statistics = self._statistics(model, wanted, context)
         observer = self.options.observer or self._best_observer(model, statistics, context)
         model.metadata_props[OBSERVER] = observer.value
+        if self.options.samples.made_up:
+            model.metadata_props[MADE_UP] = "true"
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         for value in values:

@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration.grid_error import grid_of
+from qcompiler.ir.dataflow import is_op
 from qcompiler.ir.editing import add_initializer, fresh_name, value_names
 from qcompiler.ir.provenance import (
+    CREATED_BY,
     PLACEMENT,
     QUANTIZED_INPUTS,
     QUANTIZER,
@@ -59,6 +61,8 @@ class InsertActivationQdq(Pass):
         scales: dict[str, _Scale] = {}
         for value in list(_marked(graph)):
             name = value.name or ""
+            if _has_pair(value):
+                continue
             scale = self._scale(value, scales, graph, taken)
             if scale is None:
                 skips.append(Skip(RULE, name, f"{name} has no range: it was not calibrated"))
@@ -134,6 +138,14 @@ def _marked(graph: ir.Graph) -> Iterator[ir.Value]:
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if QUANTIZER in value.metadata_props:
             yield value
+
+
+def _has_pair(value: ir.Value) -> bool:
+    """Whether this pass was here before."""
+    return any(
+        is_op(use.node, "QuantizeLinear") and use.node.metadata_props.get(CREATED_BY) == RULE
+        for use in value.uses()
+    )
 
 
 def _reads_codes(node: ir.Node, index: int) -> bool:

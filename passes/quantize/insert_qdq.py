@@ -24,7 +24,7 @@ from qcompiler.ir.provenance import (
 )
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.weights import WeightStore, read_slice
-from qcompiler.passes.quantize.bias_scales import least_weight_scales
+from qcompiler.passes.quantize.bias_scales import least_shared_scales
 from qcompiler.quant.granularity import PerAxis, PerBlock
 from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
 from qcompiler.quant.scheme import PairLimit, QSpec
@@ -114,7 +114,7 @@ class InsertQdq(Pass):
         ):
             reader = _SliceReader()
             pending = [
-                pool.submit(self._quantize, sites[0], stem, context.store, reader)
+                pool.submit(self._quantize, sites, stem, context.store, reader)
                 for sites, stem in zip(groups, stems, strict=True)
             ]
             try:
@@ -130,10 +130,11 @@ class InsertQdq(Pass):
         return PassResult(tuple(rewrites))
 
     def _quantize(
-        self, site: Site, stem: str, store: WeightStore, reader: "_SliceReader"
+        self, sites: Sequence[Site], stem: str, store: WeightStore, reader: "_SliceReader"
     ) -> QuantizedWeight:
+        site = sites[0]
         try:
-            return _quantize_in_slices(site, stem, self.options.weight_range, store, reader)
+            return _quantize_in_slices(sites, stem, self.options.weight_range, store, reader)
         except ValueError as error:
             message = f"its weight {site.weight.name} cannot be quantized: {error}"
             raise ModelError(
@@ -185,15 +186,21 @@ def _spec(site: Site) -> QSpec:
 
 
 def _quantize_in_slices(
-    site: Site, name: str, method: RangeMethod, store: WeightStore, reader: "_SliceReader"
+    sites: Sequence[Site],
+    name: str,
+    method: RangeMethod,
+    store: WeightStore,
+    reader: "_SliceReader",
 ) -> QuantizedWeight:
+    """Quantize the weight that sites share; they have one scheme."""
+    site = sites[0]
     tensor, spec = site.tensor, _spec(site)
     axis, slices = _plan_slices(site, spec)
     scale_dtype = np.dtype(tensor.dtype.numpy())
     code_type = ir.DataType[spec.qtype.onnx_name]
     # ONNX Runtime makes a QGemm only where the weight says that its zero point is 0.
     stated = QUANTIZED_INPUTS in site.node.metadata_props
-    least = least_weight_scales(site) if spec.pairs is not None else None
+    least = least_shared_scales(sites) if spec.pairs is not None else None
     if len(slices) == 1:
         values = reader.read(tensor, 0, 0, site.shape[0])
         whole = quantize_tensor(values, spec, method, scale_dtype, least)

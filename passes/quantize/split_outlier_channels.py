@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.dataflow import node_name
 from qcompiler.ir.editing import add_initializer, drop_unused_initializers, fresh_name, value_names
-from qcompiler.ir.provenance import OUTLIERS, QUANTIZED_INPUTS, annotate
+from qcompiler.ir.provenance import CREATED_BY, OUTLIERS, QUANTIZED_INPUTS, annotate
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.substitution import new_node
 from qcompiler.ir.weights import WeightStore, read_all
@@ -46,7 +46,7 @@ class SplitOutlierChannels(Pass):
             data = None if site.row.data is None else site.node.inputs[site.row.data]
             if data is None or OUTLIERS not in data.metadata_props:
                 continue
-            if QUANTIZED_INPUTS not in site.node.metadata_props:
+            if QUANTIZED_INPUTS not in site.node.metadata_props or _is_split(site):
                 continue
             name = node_name(site.node)
             if len(site.weight.uses()) > 1:
@@ -101,6 +101,7 @@ class SplitOutlierChannels(Pass):
             fresh_name(f"{stem}.inliers", taken),
             store.put(f"{stem}.inliers", values, site.tensor.dtype),
         )
+        main.metadata_props[CREATED_BY] = self.name
         # [channels, N], whichever way the weight is stored, and times what a Gemm multiplies by.
         outlying = np.ascontiguousarray(rows if axis == 0 else rows.T)
         alpha = node.attributes.get("alpha")
@@ -153,3 +154,7 @@ class SplitOutlierChannels(Pass):
         joined.metadata_props.update(result.metadata_props)
         result.metadata_props.clear()
         result.name, joined.name = inliers, stem
+
+
+def _is_split(site: Site) -> bool:
+    return site.weight.metadata_props.get(CREATED_BY) == RULE

@@ -1,12 +1,9 @@
 """Samples from a Python function of the user's."""
 
-import importlib
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +11,7 @@ import numpy as np
 from qcompiler.calibration.calls import Feeds, SampleOptions, Samples, call_digest, counted
 from qcompiler.calibration.signature import Signature
 from qcompiler.errors import QCompilerError, UsageError
+from qcompiler.function_reference import import_function
 
 _END: Final = object()
 _HINT: Final = "the function must return the same calls each time: seed what is random in it"
@@ -31,7 +29,7 @@ def open_function(reference: str, signature: Signature, options: SampleOptions) 
         UsageError: It cannot be found, fails, or returns something else; on reading, that a call
             differs from the first reading.
     """
-    function = _find(reference)
+    function = import_function(reference, where="samples", example="my_data:calls")
     reader = _Reader(reference, function, signature, options.max_samples)
     count = reader.count()
     if not count:
@@ -141,26 +139,3 @@ def _users_code(reference: str) -> Iterator[None]:
     except Exception as error:
         message = f"failed with {type(error).__name__}: {error}"
         raise UsageError(message, where=reference, hint="--traceback shows where") from error
-
-
-def _find(reference: str) -> Callable[..., Any]:
-    module_name, separator, function_name = reference.partition(":")
-    if not separator or not module_name or not function_name:
-        message = f"{reference!r} is not of the form module:function"
-        raise UsageError(message, where="samples", hint="for example my_data:calls")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code
-        message = f"cannot import {module_name}: {type(error).__name__}: {error}"
-        raise UsageError(message, where=reference) from error
-    finally:
-        sys.path.remove(folder)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        message = f"{module_name} has no function {function_name}"
-        raise UsageError(message, where=reference, hint=f"it has {', '.join(names) or 'none'}")
-    found: Callable[..., Any] = function
-    return found

@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from qcompiler.cli.options import MODEL, calibration_of, calibration_options, plan_options
+from qcompiler.cli.options import (
+    MODEL,
+    calibration_of,
+    calibration_options,
+    latency_options,
+    plan_options,
+)
 
 
 @click.command("compile")
@@ -13,6 +19,17 @@ from qcompiler.cli.options import MODEL, calibration_of, calibration_options, pl
 @click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
 @plan_options
 @calibration_options
+@latency_options
+@click.option(
+    "--min-output-sqnr",
+    type=float,
+    metavar="DB",
+    help="Let sensitive ops fall back from w8a8 to w8a16 until the outputs have so many dB.",
+)
+@click.option(
+    "--metric", metavar="MODULE:FUNCTION", help="The same by a measure of yours, higher is better."
+)
+@click.option("--max-metric-drop", type=float, help="What --metric may lose against float.")
 @click.option(
     "--verify",
     type=click.Choice(["structure", "numerics"]),
@@ -52,7 +69,7 @@ def command(
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
-    from qcompiler.pipeline import CompileOptions, Verification
+    from qcompiler.options import CompileOptions, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report

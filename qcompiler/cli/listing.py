@@ -14,12 +14,10 @@ def lines_of(kind: str) -> Iterator[str]:
 
 
 def _passes() -> Iterator[str]:
-    from qcompiler.pipeline import PASSES, CompileOptions, make_plan
+    from qcompiler.pipeline import PASSES
 
-    plan = make_plan(CompileOptions())
-    for name, factory in PASSES.items():
-        rewrite = factory(plan)
-        summary = (type(rewrite).__doc__ or "").strip().splitlines()[0]
+    for name, rewrite in PASSES.items():
+        summary = (rewrite.__doc__ or "").strip().splitlines()[0]
         stages = f"{rewrite.consumes} -> {rewrite.produces}"
         yield f"{name:28} {stages:24} {rewrite.numerics:10} {summary}"
 

@@ -10,7 +10,7 @@ import click
 from qcompiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcompiler.pipeline import CalibrationOptions
+    from qcompiler.options import CalibrationOptions
 
 MODEL = click.Path(path_type=Path)
 
@@ -23,6 +23,7 @@ DEFAULT_PERCENTILE = 99.99
 """As in `calibration.observers`, which is not imported for `--help`."""
 _CALIBRATION = (
     *("calibration", "max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
+    *("max_tokens", "text_field"),
     *("observer", "percentile", "outlier_channels", "memory_budget", "statistics", "seed"),
 )
 
@@ -77,6 +78,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             help="Pack texts to so many tokens.  [default: one text a row]",
         ),
+        click.option(
+            "--max-tokens", type=click.IntRange(min=1), help="Cut texts off that are not packed."
+        ),
+        click.option(
+            "--text-field", default="text", show_default=True, help="Field of .jsonl lines."
+        ),
         click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file."),
         click.option(
             "--observer",
@@ -119,6 +126,32 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def latency_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say whether and how latency is measured."""
+    decorators: list[Decorator] = [
+        click.option(
+            "--never-slower/--no-never-slower",
+            default=None,
+            help="Measure each integer region, and change those that lose to float.  "
+            "[default: with samples]",
+        ),
+        click.option(
+            "--measurements",
+            type=MODEL,
+            metavar="FILE",
+            help="Keep what was measured; use what is there already.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Threads of an op while measuring.  [default: the runtime's own]",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
     """Take the values of `calibration_options` out of a command's, and make one object of them.
 
@@ -127,7 +160,7 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
     """
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
-    from qcompiler.pipeline import CalibrationOptions
+    from qcompiler.options import CalibrationOptions
 
     taken = {name: values.pop(name) for name in _CALIBRATION}
     budget = parse_size(taken["memory_budget"])
@@ -141,6 +174,8 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
             seed=taken["seed"],
             tokenizer=taken["tokenizer"],
             sequence_length=taken["sequence_length"],
+            max_tokens=taken["max_tokens"],
+            text_field=taken["text_field"],
             image_spec=taken["image_spec"],
         ),
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),

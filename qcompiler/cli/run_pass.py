@@ -29,7 +29,8 @@ def command(
     from qcompiler.ir.load import load_model
     from qcompiler.ir.save import save_model
     from qcompiler.ir.weights import WeightStore
-    from qcompiler.pipeline import CompileOptions, make_plan, pass_named, with_data
+    from qcompiler.options import CompileOptions
+    from qcompiler.pipeline import make_plan, pass_named, with_data
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
     from qcompiler.rewriting.manager import PassManager

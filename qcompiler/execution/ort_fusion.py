@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix, tensor_of
 from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op
+from qcompiler.ir.provenance import scheme_of
+from qcompiler.quant.scheme import Activations
 
 _TWO_BIT_OUTPUTS = 4
 
@@ -74,7 +76,18 @@ def weight_path(node: ir.Node) -> WeightPath | None:
 
 
 def reads_codes(node: ir.Node) -> bool:
-    """Whether the data input of an op is dequantized right before it: then it has integer kernels.
+    """Whether an op is to be fused with the DequantizeLinear of its data into an integer kernel.
+
+    Not so where its scheme leaves activations in float: its codes are not made for such kernels,
+    which saturate with them on CPUs without VNNI, and a ConvTranspose has none.
+    """
+    scheme = scheme_of(node)
+    static = scheme is None or scheme.activations is Activations.STATIC
+    return static and reads_dequantized(node)
+
+
+def reads_dequantized(node: ir.Node) -> bool:
+    """Whether the data input of an op is dequantized right before it.
 
     A DequantizeLinear of constants does not count; it gives a weight.
     """
@@ -118,17 +131,18 @@ def is_half_in_body(node: ir.Node, path: WeightPath, main: ir.Graph) -> bool:
 def is_fused_by_runtime(node: ir.Node, path: WeightPath, main: ir.Graph) -> bool:
     """Whether ONNX Runtime makes a MatMulNBits of a product and its DequantizeLinear.
 
-    It does not when codes or scales are shared, for blocks behind a Transpose, before a Relu or
-    Clip, and inside a body whose weights lie outside of it. It fuses into wrong results at 2 bits
-    where the number of output channels is no multiple of 4, and in float16 inside a body; that
-    counts as "not".
+    It does not when the data is dequantized too, but makes an integer product of codes that may
+    saturate. Nor does it when codes or scales are shared, for blocks behind a Transpose, before a
+    Relu or Clip, and inside a body whose weights lie outside of it. It fuses into wrong results at
+    2 bits where the number of output channels is no multiple of 4, and in float16 inside a body;
+    that counts as "not".
 
     Args:
         node: The product.
         path: How its weight reaches it.
         main: The main graph of the model.
     """
-    if is_half_in_body(node, path, main):
+    if is_half_in_body(node, path, main) or reads_dequantized(node):
         return False
     if not is_plain_product(node) or not path.exclusive or not path.along_reduction:
         return False

@@ -71,6 +71,7 @@ def open_session(
     *,
     optimize: bool,
     threads: int | None = None,
+    in_turns: bool = False,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     custom_op_libraries: Sequence[Path] = (),
 ) -> Session:
@@ -81,6 +82,8 @@ def open_session(
             memory with 1.5 GiB of weights or more is written to a scratch folder first.
         optimize: Whether ONNX Runtime rewrites the graph; without, the operators run as written.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
+        in_turns: Whether other sessions run in turns with this one: its threads then rest between
+            runs, rather than spin on the processors that the next one needs.
         providers: Execution providers in order of preference.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
 
@@ -88,6 +91,8 @@ def open_session(
         TargetError: ONNX Runtime cannot load the model; `where` is the node, when it names one.
     """
     options = session_options(optimize=optimize, threads=threads)
+    if in_turns:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     with ExitStack() as cleanup:
         source = _loadable(model, cleanup)
         try:

@@ -90,7 +90,7 @@ def tap_model(model: ir.Model, taps: Sequence[Tap]) -> TappedModel:
     copy = model.clone()
     values = {value.name: value for value in values_of(copy.graph)}
     wanted = [values[tap.value] for tap in taps]
-    _keep_only(copy.graph, wanted)
+    keep_only(copy.graph, wanted)
     if any(value.dtype is None for value in wanted):
         # A value of unknown type would have to be cast, which copies it.
         infer_shapes(copy)
@@ -139,7 +139,7 @@ def _check_type(value: ir.Value) -> None:
         raise ModelError(message, where=value.name)
 
 
-def _keep_only(graph: ir.Graph, wanted: Sequence[ir.Value]) -> None:
+def keep_only(graph: ir.Graph, wanted: Sequence[ir.Value]) -> None:
     """Remove what is not needed to compute the wanted values; inputs stay."""
     needed: set[ir.Node] = set()
     pending = list(wanted)

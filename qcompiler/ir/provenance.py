@@ -5,6 +5,8 @@ The graph is the only state, so the plan (scheme), its reason and what was measu
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import onnx_ir as ir
@@ -49,6 +51,11 @@ OUTLIERS: Final = "qcompiler.outlier_channels"
 """On such a value: channels of its last axis that stay in float, a JSON list."""
 ACTIVATION_SQNR: Final = "qcompiler.activation_sqnr_db"
 """On such a value: signal to rounding noise ratio on the samples, in dB, without its outliers."""
+FLOAT_MS: Final = "qcompiler.float_ms"
+"""On a node of a measured region: milliseconds that the region takes in float."""
+QUANTIZED_MS: Final = "qcompiler.quantized_ms"
+"""On such a node: what the region takes as it was left, or, where it was left in float, what it
+would have taken quantized."""
 CREATED_BY: Final = "qcompiler.created_by"
 """On a node that a pass made: the pass's name."""
 ORIGIN: Final = "qcompiler.origin"
@@ -57,6 +64,8 @@ ORIGIN_OP: Final = "qcompiler.origin_op"
 """On a node that replaced another op: the op type of the source model."""
 OBSERVER: Final = "qcompiler.observer"
 """On the model: how ranges of activations were chosen."""
+MADE_UP: Final = "qcompiler.calibrated_on_made_up_data"
+"""On the model, "true": ranges of activations come from random inputs and fit no real data."""
 STAGE: Final = "qcompiler.stage"
 """On the model: the stage it has reached."""
 
@@ -100,6 +109,22 @@ def forget(model: ir.Model) -> None:
     for owner in owners:
         for key in [key for key in owner.metadata_props if key.startswith(PREFIX)]:
             del owner.metadata_props[key]
+
+
+@contextmanager
+def without_times(model: ir.Model) -> Iterator[None]:
+    """Take measured times off all nodes for a while, so that what is written does not vary."""
+    taken = [
+        (node, key, node.metadata_props.pop(key))
+        for node in model.graph.all_nodes()
+        for key in (FLOAT_MS, QUANTIZED_MS)
+        if key in node.metadata_props
+    ]
+    try:
+        yield
+    finally:
+        for node, key, value in taken:
+            node.metadata_props[key] = value
 
 
 def facts_of(node: ir.Node) -> dict[str, str]:

@@ -13,6 +13,7 @@ from qcompiler.calibration.calls import warnings as sample_warnings
 from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
+from qcompiler.execution.latency import Timing
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import OBSERVER, facts_of, origins_of
 from qcompiler.report.records import (
@@ -58,6 +59,8 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
                 region=int(facts["region"]) if "region" in facts else None,
+                float_ms=_number(facts.get("float_ms")),
+                quantized_ms=_number(facts.get("quantized_ms")),
                 weight=facts.get("weight"),
                 elements=int(facts.get("weight_elements", 0)),
                 bytes_before=before,
@@ -104,6 +107,27 @@ def calibration_warnings(samples: Samples, quality: Sequence[OutputQuality]) -> 
                 "this CPU than the quantized graph says: a kernel saturates or rounds differently"
             )
     return tuple(found)
+
+
+def latency_warnings(latency: Sequence[Timing]) -> tuple[str, ...]:
+    """Say when the result is slower than its source.
+
+    Args:
+        latency: Timings of source and result; empty if nobody measured.
+    """
+    if not latency or round(latency[1].ratio, 2) <= 1:
+        return ()
+    source, result = latency
+    return (
+        f"SLOWER THAN FLOAT: the compiled model takes {result.ratio:.2f} times as long as the "
+        f"source, {source.milliseconds:.2f} -> {result.milliseconds:.2f} ms on the largest sample "
+        f"(between {result.low:.2f} and {result.high:.2f} times in 19 of 20 cases); measure on an "
+        "idle machine, or keep the model in float",
+    )
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
 
 
 def _decibels(value: float) -> float | None:
@@ -170,7 +194,9 @@ def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:
     )
 
 
-def summarize(nodes: Sequence[NodeReport], *, seconds: float) -> Summary:
+def summarize(
+    nodes: Sequence[NodeReport], latency: Sequence[Timing] = (), *, seconds: float
+) -> Summary:
     """Total the nodes; weights that several nodes share are counted once."""
     with_weight = [node for node in nodes if node.weight is not None]
     distinct = list({node.weight: node for node in reversed(with_weight)}.values())
@@ -188,6 +214,9 @@ def summarize(nodes: Sequence[NodeReport], *, seconds: float) -> Summary:
         integer_kernels=sum(1 for n in looked_at if n.integer_kernel) if looked_at else None,
         peak_memory_bytes=peak_memory(),
         seconds=round(seconds, 3),
+        float_ms=latency[0].milliseconds if latency else None,
+        compiled_ms=latency[1].milliseconds if latency else None,
+        latency_ratio=latency[1].ratio if latency else None,
     )
 
 

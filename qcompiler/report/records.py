@@ -46,6 +46,10 @@ class NodeReport:
         placement: The target's placement rule by which it works on quantized activations, None
             where they are float.
         region: Number of the stretch of ops that hand each other quantized activations.
+        float_ms: Milliseconds that this stretch, with all that shares its quantized inputs, takes
+            in float; None if it was not measured.
+        quantized_ms: What it takes as it was left; what it would take quantized, where it was left
+            in float.
     """
 
     name: str
@@ -63,6 +67,8 @@ class NodeReport:
     integer_kernel: bool | None
     placement: str | None = None
     region: int | None = None
+    float_ms: float | None = None
+    quantized_ms: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -176,6 +182,10 @@ class Summary:
             looked at.
         peak_memory_bytes: Peak resident memory of the process.
         seconds: Wall time of the whole compilation.
+        float_ms: Median milliseconds of a run of the source model on the largest sample; None if
+            latency was not measured.
+        compiled_ms: The same of the result.
+        latency_ratio: Median of compiled / float over pairs of runs.
     """
 
     sites: int
@@ -188,6 +198,9 @@ class Summary:
     integer_kernels: int | None
     peak_memory_bytes: int
     seconds: float
+    float_ms: float | None = None
+    compiled_ms: float | None = None
+    latency_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,8 +144,23 @@ def _totals(report: Report) -> Iterator[str]:
             f"{summary.integer_kernels} of {summary.quantized} quantized ops run on integer "
             f"weights in {report.runtime}"
         )
+    if summary.float_ms is not None and summary.compiled_ms is not None:
+        yield (
+            f"latency {summary.float_ms:.2f} ms -> {summary.compiled_ms:.2f} ms on the largest "
+            f"sample, {summary.latency_ratio:.2f} of float's time; regions: "
+            f"{_regions(report.nodes)}"
+        )
     yield f"{summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"
     yield _slowest(report)
+
+
+def _regions(nodes: Sequence[NodeReport]) -> str:
+    """Say what became of the weight ops of measured regions."""
+    measured = [node for node in nodes if node.float_ms is not None and node.weight is not None]
+    schemes: dict[str, int] = {}
+    for node in measured:
+        schemes[node.scheme] = schemes.get(node.scheme, 0) + 1
+    return ", ".join(f"{count} ops {scheme}" for scheme, count in schemes.items()) or "none"
 
 
 def _reasons(nodes: Sequence[NodeReport]) -> Iterator[str]:
@@ -178,6 +193,11 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
     yield f"  reason   {node.reason}"
     if node.placement is not None:
         yield f"  placed   by rule {node.placement}, in integer region {node.region}"
+    if node.float_ms is not None and node.quantized_ms is not None:
+        yield (
+            f"  latency  {node.float_ms:.3f} ms in float, {node.quantized_ms:.3f} ms quantized "
+            "(its region and what shares its inputs)"
+        )
     if node.weight is not None:
         yield f"  weight   {node.weight}: {node.elements} elements"
         yield (

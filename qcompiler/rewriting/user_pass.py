@@ -1,18 +1,14 @@
 """Passes written by users, on this compiler's IR or on GraphSurgeon's."""
 
-import importlib
 import inspect
-import sys
-import typing
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError, UsageError
+from qcompiler.function_reference import import_function
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -41,7 +37,9 @@ class RunUserPass(Pass):
 
     def __init__(self, reference: str) -> None:
         self.options = reference
-        self._function = _find(reference)
+        self._function = import_function(
+            reference, where="--user-pass", example="my_passes:fuse_gelu"
+        )
         self._surgeon = _takes_graphsurgeon(self._function, self.label)
 
     @property
@@ -72,34 +70,6 @@ class RunUserPass(Pass):
             model.functions.clear()
             model.functions.update(made.functions)
         return PassResult((Rewrite("run-user-pass", self.options),))
-
-
-def _find(reference: str) -> Callable[[Any], Any]:
-    module_name, separator, function_name = reference.partition(":")
-    if not separator or not module_name or not function_name:
-        message = f"{reference!r} is not of the form module:function"
-        raise UsageError(message, where="--user-pass", hint="for example my_passes:fuse_gelu")
-    with _importable_from(Path.cwd()):
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # importing runs the user's code
-            message = f"cannot import {module_name}: {type(error).__name__}: {error}"
-            raise UsageError(message, where=f"--user-pass {reference}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        message = f"{module_name} has no function {function_name}"
-        raise UsageError(message, where="--user-pass", hint=f"it has {', '.join(names) or 'none'}")
-    return typing.cast("Callable[[Any], Any]", function)
-
-
-@contextmanager
-def _importable_from(folder: Path) -> typing.Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _takes_graphsurgeon(function: Callable[[Any], Any], where: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 from qcompiler.quant.qtype import UINT8
 from qcompiler.quant.scheme import Activations
 from qcompiler.targets.placement import Part, Placement, PlacementRule, Reluctance
-from qcompiler.targets.rows import OpType, Row, Substitute, WeightUse
+from qcompiler.targets.rows import LegalAttribute, OpType, Row, Substitute, WeightUse
 
 _CONV: Final[tuple[OpType, ...]] = (("", "Conv"),)
 _MATMUL: Final[tuple[OpType, ...]] = (("", "MatMul"), ("", "Gemm"))
@@ -137,11 +137,21 @@ _RULES: Final[tuple[PlacementRule, ...]] = (
         data=None,
     ),
     PlacementRule(
+        rule="select",
+        ops=_standard("Where"),
+        part=Part.FOLLOWS,
+        kernel="QLinearWhere, which rescales as QLinearConcat does",
+        source=f"{_FUSED}, whether it was asked for or not",
+        data=(1, 2),
+    ),
+    PlacementRule(
         rule="average-pool",
         ops=_standard("AveragePool", "GlobalAveragePool"),
         part=Part.FOLLOWS,
         kernel="QLinearAveragePool, QLinearGlobalAveragePool",
-        source=_FUSED,
+        source=f"{_FUSED}; with ceil_mode and count_include_pad the kernel is wrong (16 dB), and "
+        "with dilations the model does not load",
+        attributes=(LegalAttribute("ceil_mode", (0,)), LegalAttribute("dilations", (1,))),
     ),
     PlacementRule(
         rule="table-lookup",
@@ -200,7 +210,7 @@ _RELUCTANCES: Final[tuple[Reluctance, ...]] = (
             *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "Gelu", "Erf"),
             *("HardSwish", "HardSigmoid", "Tanh", "PRelu", "Sub", "Div", "Max", "Min", "Abs"),
             *("Neg", "Exp", "Sqrt", "Pow", "ReduceMean", "GlobalMaxPool", "Pad", "SpaceToDepth"),
-            *("RMSNormalization", "Swish", "Elu", "Softplus", "Where", "Resize"),
+            *("RMSNormalization", "Swish", "Elu", "Softplus", "Resize"),
         ),
         _NO_KERNEL,
         "seen in the optimized graph between a quantized Conv and QuantizeLinear: left in float",

@@ -23,11 +23,13 @@ _BLOCKS: Final = LegalAttribute("block_size", tuple(1 << power for power in rang
 _MICROSOFT: Final = "com.microsoft"
 
 LOWERING: Final = (
+    "quantize-biases",
     "decompose-gemm",
     "lower-matmul-nbits",
     "lower-embeddings",
     "lower-dynamic-quantization",
     "decode-at-load",
+    "isolate-float-ops",
 )
 
 LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
@@ -59,4 +61,5 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "Mul"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "MatMul"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "Gather"), (_COMPUTED, ("INT32", "INT64"))),
+    LoweredOp(("", "Concat"), (_COMPUTED,)),
 )

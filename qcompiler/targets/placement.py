@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qcompiler.quant.qtype import QType
-from qcompiler.targets.rows import OpType
+from qcompiler.targets.rows import LegalAttribute, OpType
 
 
 class Part(StrEnum):
@@ -36,6 +36,7 @@ class PlacementRule:
         output: Whether the kernel exists only if the output is quantized too. Of ops that
             compute only: all others need it.
         modes: Values that the string attribute `mode` may have; None is any.
+        attributes: Integer attributes, and lists of integers, with a limited range.
     """
 
     rule: str
@@ -46,6 +47,7 @@ class PlacementRule:
     data: tuple[int, ...] | None = (0,)
     output: bool = True
     modes: tuple[str, ...] | None = None
+    attributes: tuple[LegalAttribute, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,10 +108,12 @@ def test_inspect_lists_sites_and_blocks(run: Run, digits: Path) -> None:
 
 
 def test_passes_run_one_by_one_reach_the_same_model(run: Run, digits: Path, tmp_path: Path) -> None:
-    from qcompiler.pipeline import PASSES
+    from qcompiler.options import CompileOptions
+    from qcompiler.pipeline import make_plan, pipeline
 
     model = digits
-    for index, name in enumerate(PASSES):
+    names = [each.name for each in pipeline(make_plan(CompileOptions(scheme="w4a16:b32")))]
+    for index, name in enumerate(names):
         output = tmp_path / f"{index:02d}.onnx"
         status, _, err = run("run-pass", name, model, "-o", output, "--scheme", "w4a16:b32")
         assert status == 0, err
@@ -131,11 +133,12 @@ def test_dump_ir_writes_a_valid_model_after_every_pass(
 ) -> None:
     import onnxruntime
 
-    from qcompiler.pipeline import PASSES
+    from qcompiler.options import CompileOptions
+    from qcompiler.pipeline import make_plan, pipeline
 
     run(digits, "-o", tmp_path / "out.onnx", "--dump-ir", tmp_path / "ir")
     dumped = sorted((tmp_path / "ir").iterdir())
-    assert len(dumped) == len(PASSES)
+    assert len(dumped) == len(pipeline(make_plan(CompileOptions())))
     for path in dumped:
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import onnx_ir as ir
 import pytest
 
-from qcompiler.execution.segments import Segment, cut
+from qcompiler.execution.segments import Segment, cut, segments_of
 from qcompiler.quant.granularity import PerBlock
 from tests.support.coded import coded_weight
 from tests.support.graphs import build, random_array
@@ -114,3 +114,18 @@ def test_bodies_are_never_equal() -> None:
     assert segment.signature() is None
     assert {value.name for value in segment.inputs} == {"c", "x"}
     assert {value.name for value in segment.initializers} == {"w"}
+
+
+def test_nodes_that_lie_apart_are_a_segment_too() -> None:
+    model = build(
+        """g (float[2] x) => (float[2] y, float[2] z) {
+            [a] p = Add(x, w) [b] q = Neg(p) [c] y = Mul(q, p) [d] z = Exp(p) }""",
+        {"w": random_array(2)},
+    )
+    nodes = {node.name: node for node in model.graph}
+    apart, rest = segments_of(model.graph, [[nodes["a"], nodes["c"]], [nodes["b"]]])
+    assert names(apart) == ["a", "c"]
+    assert [value.name for value in apart.inputs] == ["x", "q"]
+    assert [value.name for value in apart.outputs] == ["p", "y"]
+    assert [value.name for value in apart.initializers] == ["w"]
+    assert ([v.name for v in rest.inputs], [v.name for v in rest.outputs]) == (["p"], ["q"])

@@ -16,7 +16,6 @@ from qcompiler.quant.qtype import (
     INT2,
     INT3,
     INT4,
-    INT7,
     INT8,
     UINT2,
     UINT3,
@@ -29,7 +28,7 @@ from qcompiler.quant.scheme import QSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SYMMETRIC = (INT8, INT7, INT4, INT3, INT2)
+SYMMETRIC = (INT8, INT4, INT3, INT2)
 ASYMMETRIC = (UINT8, UINT4, UINT3, UINT2)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CASES: tuple[tuple[tuple[int, ...], Granularity], ...] = (

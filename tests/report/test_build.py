@@ -6,8 +6,14 @@ import pytest
 
 from qcompiler.errors import UsageError
 from qcompiler.execution.kernels import Kernel
+from qcompiler.execution.latency import Timing
 from qcompiler.ir.provenance import annotate
-from qcompiler.report.build import kernel_warnings, node_reports, summarize
+from qcompiler.report.build import (
+    kernel_warnings,
+    latency_warnings,
+    node_reports,
+    summarize,
+)
 from qcompiler.report.files import read_report
 from qcompiler.report.records import NodeReport
 from tests.support.graphs import build, node_named, random_array
@@ -45,13 +51,34 @@ def test_totals_count_a_shared_weight_once() -> None:
     assert summary.peak_memory_bytes > 1 << 20
 
 
+def test_latency_is_part_of_the_totals() -> None:
+    assert summarize([], seconds=1.0).latency_ratio is None
+    timings = (Timing(4.0, 1.0, 1.0, 1.0), Timing(3.0, 0.76, 0.7, 0.8))
+    summary = summarize([], timings, seconds=1.0)
+    assert (summary.float_ms, summary.compiled_ms, summary.latency_ratio) == (4.0, 3.0, 0.76)
+
+
+def test_a_result_slower_than_float_is_a_warning() -> None:
+    float_timing = Timing(4.0, 1.0, 1.0, 1.0)
+    assert latency_warnings(()) == ()
+    for ratio in (0.98, 1.0049):
+        assert latency_warnings((float_timing, Timing(4.0, ratio, 0.9, 1.1))) == ()
+    (warning,) = latency_warnings((float_timing, Timing(4.6, 1.15, 1.1, 1.2)))
+    assert warning.startswith("SLOWER THAN FLOAT")
+    assert "1.15 times" in warning
+    assert "4.00 -> 4.60 ms" in warning
+
+
 def test_nodes_are_read_from_metadata() -> None:
     model = build(
         "g (float[N, 4] x) => (float[N, 4] y) { [mm] y = MatMul(x, w) }", {"w": random_array(4, 4)}
     )
     annotate(node_named(model, "mm"), scheme="w8a16:sym", rule="r", reason="because", weight="w")
+    assert node_reports(model, None)[0].float_ms is None
+    annotate(node_named(model, "mm"), float_ms=1.25, quantized_ms=0.5)
     (seen,) = node_reports(model, {"mm": Kernel("MatMulNBits (8-bit)", integer=True)})
     assert (seen.name, seen.scheme, seen.kernel) == ("mm", "w8a16:sym", "MatMulNBits (8-bit)")
+    assert (seen.float_ms, seen.quantized_ms) == (1.25, 0.5)
     (unseen,) = node_reports(model, {})
     assert unseen.kernel == "not found: the runtime merged or removed the op"
     (nobody_looked,) = node_reports(model, None)

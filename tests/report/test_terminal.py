@@ -89,3 +89,18 @@ def test_sizes_have_units() -> None:
         "3.0 MiB",
         "5.00 GiB",
     ]
+
+
+def test_latency_is_shown_where_it_was_measured() -> None:
+    assert "latency" not in _printed(_report(3))
+    report = _report(3)
+    nodes = tuple(
+        replace(node, float_ms=2.0, quantized_ms=1.25, scheme=scheme)
+        for node, scheme in zip(report.nodes, ("w8a8:sym", "w8a8:sym", "float"), strict=True)
+    )
+    summary = replace(report.summary, float_ms=8.0, compiled_ms=6.0, latency_ratio=0.76)
+    text = _printed(replace(report, nodes=nodes, summary=summary))
+    assert "latency 8.00 ms -> 6.00 ms on the largest sample, 0.76 of float's time" in text
+    assert "regions: 2 ops w8a8:sym, 1 ops float" in text
+    told = "\n".join(explanation(nodes[0], ()))
+    assert "2.000 ms in float, 1.250 ms quantized" in told

@@ -13,9 +13,10 @@ import pytest
 from qcompiler.cli.main import main
 from qcompiler.errors import InternalError
 from qcompiler.ir.weights import WeightStore
+from qcompiler.options import CompileOptions
 from qcompiler.passes.canonicalize.eliminate_dead import EliminateDead
 from qcompiler.passes.canonicalize.fold_constants import FoldConstants, FoldConstantsOptions
-from qcompiler.pipeline import CompileOptions, make_plan, pass_named
+from qcompiler.pipeline import make_plan, pass_named
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.manager import PassManager

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler.quant.qtype import INT7
 from qcompiler.quant.scheme import SCHEME_FORMS, QScheme, parse_scheme
 from qcompiler.targets.capability import Resolution, SchemeRequest, Target, resolve
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
@@ -67,9 +66,15 @@ def scheme_text(resolution: Resolution) -> str:
         ("w8a16", {"float_type": "DOUBLE"}, "float", "no-kernel", "DOUBLE"),
         ("w4a16:b32", {"float_type": "BFLOAT16"}, "", "bfloat16-no-cpu-kernel", "no bfloat16"),
         ("w8a16", {"outputs": 1, "reduction": 100}, "float", "small-weight", "100 elements"),
-        ("w8a8-dynamic", {}, "w8a8-dynamic:sym", "dynamic-quantize-matmul", "7-bit"),
-        ("w7a8-dynamic", {}, "w7a8-dynamic:sym", "dynamic-quantize-matmul", "7-bit"),
-        ("w7a8-dynamic", {"left": True}, "w8a16:sym", "", "instead of w7a8-dynamic"),
+        ("w8a8-dynamic", {}, "w8a8-dynamic:sym", "dynamic-quantize-matmul", "at most 128"),
+        ("w8a8-dynamic", {"left": True}, "w8a16:sym", "", "instead of w8a8-dynamic"),
+        ("w8a8", {}, "w8a8:sym", "qlinear-matmul", "at most 128"),
+        ("w8a8", {"transposed": True}, "w8a8:sym", "qlinear-matmul", "at most 128"),
+        ("w8a8", {"left": True}, "w8a16:sym", "", "left weight; instead of w8a8"),
+        ("w8a8", {"in_body": True}, "w8a8-dynamic:sym", "", "cannot be calibrated"),
+        ("w8a8", {"float_type": "FLOAT16"}, "w8a16:sym", "", "no 8-bit kernel for a FLOAT16"),
+        ("w8a8", {"outputs": 1, "reduction": 100}, "w8a8:sym", "qlinear-matmul", ""),
+        ("w8a8:asym", {}, "w8a8:sym", "", "without a zero point"),
         ("w8a8-dynamic", {"float_type": "FLOAT16"}, "w8a16:sym", "", "instead of w8a8-dynamic"),
         ("w8a8-dynamic:asym", {}, "w8a8-dynamic:sym", "", "without a zero point"),
         ("w8a16", {"op_type": "Einsum"}, "float", "no-kernel", "no w8a16 kernel for Einsum"),
@@ -99,7 +104,12 @@ def test_matrix_products(
         ("Conv", 4, "w4a16:b32", "float", "no convolution kernel"),
         ("ConvTranspose", 4, "w2a16:b64", "float", "no convolution kernel"),
         ("Conv", 4, "w8a8-dynamic", "w8a16:sym", "no w8a8-dynamic kernel for Conv"),
-        ("Conv", 4, "w7a8-dynamic", "w8a16:sym", "no w7a8-dynamic kernel for Conv"),
+        ("Conv", 4, "w8a8", "w8a8:sym", "runs as QLinearConv"),
+        ("Conv", 3, "w8a8", "w8a8:sym", "runs as QLinearConv"),
+        ("Conv", 5, "w8a8", "w8a16:sym", "weight of rank 5; instead of w8a8"),
+        ("ConvTranspose", 4, "w8a8", "w8a16:sym", "no w8a8 kernel for ConvTranspose"),
+        ("LSTM", 3, "w8a8", "w8a16:sym", "no w8a8 kernel for LSTM"),
+        ("Gather", 2, "w8a8", "w8a16:asym", "no w8a8 kernel for Gather"),
         ("LSTM", 3, "w8a16", "w8a16:sym", "decoded once"),
         ("GRU", 3, "w4a16:b32", "float", "no recurrent kernel"),
         ("Gather", 2, "w4a16:b32", "w4a16:b32:asym", "GatherBlockQuantized (4-bit)"),
@@ -132,9 +142,9 @@ def test_a_weight_tied_to_another_product_is_no_table() -> None:
     assert replace(BASE, tied=True, transposed=True).use is WeightUse.SHARED_TABLE
 
 
-def test_dynamic_codes_are_narrower() -> None:
-    assert resolved("w8a8-dynamic").weight_type is INT7
-    assert resolved("w8a16").weight_type is None
+@pytest.mark.parametrize(("text", "limit"), [("w8a8", 128), ("w8a8-dynamic", 128), ("w8a16", None)])
+def test_codes_for_8_bit_activations_have_limited_pairs(text: str, limit: int | None) -> None:
+    assert resolved(text).pair_limit == limit
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
@@ -160,7 +170,7 @@ REQUESTS = st.builds(
         [
             "w8a16",
             "w8a8-dynamic",
-            "w7a8-dynamic",
+            "w8a8",
             "w4a16:b32",
             "w4a16",
             "w3a16:b128:sym",

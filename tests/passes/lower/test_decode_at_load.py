@@ -10,7 +10,7 @@ from qcompiler.execution.kernels import inspect_kernels
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor
 from tests.support.coded import CodedWeight, coded_weight
-from tests.support.graphs import build, op_types
+from tests.support.graphs import build, node_named, op_types
 from tests.support.parity import assert_parity
 from tests.support.rewrites import assert_idempotent, only_skip, run_pass
 
@@ -147,3 +147,25 @@ def test_refuses_a_weight_that_is_an_output(tmp_path: Path) -> None:
 def test_is_idempotent(tmp_path: Path) -> None:
     weight = coded_weight((8, 8, 3, 3), PerAxis(0), bits=8, signed=False)
     assert_idempotent(DecodeAtLoad(), conv(weight), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("op", "scheme", "decoded"),
+    [
+        ("Conv", "w8a8:sym", False),
+        ("Conv", "w8a16:sym", True),
+        ("ConvTranspose", "w8a16:sym", True),
+    ],
+)
+def test_only_calibrated_ops_keep_the_codes_of_dequantized_data(
+    op: str, scheme: str, decoded: bool, tmp_path: Path
+) -> None:
+    weight = coded_weight((8, 8, 3, 3), PerAxis(0), bits=8, signed=True)
+    text = f"""g (float[1, 8, 6, 6] x) => (float[1, 8, h, v] y) {{
+        q = QuantizeLinear(x, xs, xz) d = DequantizeLinear(q, xs, xz)
+        {weight.dequantize("wd")} [site] y = {op}(d, wd) }}"""
+    constants = {"xs": np.float32(0.05), "xz": np.uint8(128)}
+    model = build(text, {**weight.weights, **constants})
+    node_named(model, "site").metadata_props["qcompiler.scheme"] = scheme
+    run_pass(DecodeAtLoad(), model, tmp_path)
+    assert (op_types(model).count("DequantizeLinear") == 1) == decoded

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -101,3 +102,38 @@ def test_leaves_fused_and_float_gemms_alone(tmp_path: Path) -> None:
 
 def test_is_idempotent(tmp_path: Path) -> None:
     assert_idempotent(DecomposeGemm(), gemm("<alpha=0.5>", weight=columns()), tmp_path)
+
+
+def on_codes(attributes: str, scheme: str, bias: str = "") -> ir.Model:
+    """Return a Gemm whose data is dequantized right before it."""
+    weight = coded_weight((32, 12), PerAxis(1), bits=8, signed=True)
+    text = f"""g (float[5, 32] x) => (float[5, 12] y) {{
+        q = QuantizeLinear(x, xs, xz) d = DequantizeLinear(q, xs, xz)
+        {weight.dequantize("wd")}
+        [fc] y = Gemm{attributes}(d, wd{bias}) }}"""
+    constants = {"xs": np.float32(0.05), "xz": np.uint8(128), "c": BIAS}
+    model = build(text, {**weight.weights, **constants})
+    node_named(model, "fc").metadata_props["qcompiler.scheme"] = scheme
+    return model
+
+
+@pytest.mark.parametrize(
+    ("attributes", "bias", "scheme", "decomposed"),
+    [
+        ("", "", "w8a8:sym", False),
+        ("<alpha=0.5>", "", "w8a8:sym", True),
+        ("<beta=0.5>", ", c", "w8a8:sym", True),
+        ("", ", c", "w8a8:sym", True),
+        ("", "", "w8a8-dynamic:sym", True),
+        ("", "", "w8a16:sym", False),
+        ("<alpha=0.5>", "", "w8a16:sym", True),
+    ],
+)
+def test_a_gemm_on_quantized_data(
+    attributes: str, bias: str, scheme: str, decomposed: bool, tmp_path: Path
+) -> None:
+    """A bias that quantize-biases left in float keeps QGemm away, as alpha and beta do."""
+    after = on_codes(attributes, scheme, bias)
+    run_pass(DecomposeGemm(), after, tmp_path)
+    assert ("Gemm" not in op_types(after)) == decomposed
+    assert_parity(on_codes(attributes, scheme, bias), after, tolerance=1e-5)

@@ -12,13 +12,13 @@ from qcompiler.execution.sessions import open_session
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
-from qcompiler.quant.qtype import INT7
 from tests.support.coded import CodedWeight, coded_weight
 from tests.support.graphs import build, node_named, op_types
 from tests.support.rewrites import assert_idempotent, only_skip, run_pass
 
 Array = np.ndarray[Any, np.dtype[Any]]
-CODES = (INT7.qmin, INT7.qmax)
+CODES = (-64, 64)
+"""Two of them add up to 128 at most, with which no kernel saturates."""
 
 
 def weight_of(
@@ -60,7 +60,7 @@ def adversarial(code: int) -> CodedWeight:
     return weight
 
 
-@pytest.mark.parametrize("weight", [weight_of(), adversarial(63), adversarial(-64)])
+@pytest.mark.parametrize("weight", [weight_of(), adversarial(64), adversarial(-64)])
 @pytest.mark.parametrize("optimize", [True, False])
 def test_equals_integer_arithmetic(weight: CodedWeight, optimize: bool, tmp_path: Path) -> None:
     model = product(weight)

@@ -225,3 +225,17 @@ def test_leaves_alone_what_the_runtime_fuses(bits: int, tmp_path: Path) -> None:
 def test_is_idempotent(tmp_path: Path) -> None:
     model = tied(coded_weight((40, 96), PerBlock(1, 32), bits=4, signed=True), 4)
     assert_idempotent(LowerMatMulNBits(), model, tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "lowered"), [("w8a8:sym", False), ("w8a16:sym", True)])
+def test_dequantized_data_is_left_to_the_scheme(scheme: str, lowered: bool, tmp_path: Path) -> None:
+    """ONNX Runtime would make an integer product of it, whose free 8-bit codes may saturate."""
+    weight = coded_weight((64, 16), PerAxis(1), bits=8, signed=True)
+    text = f"""g (float[b, 64] x) => (float[b, 16] y) {{
+        q = QuantizeLinear(x, xs, xz) d = DequantizeLinear(q, xs, xz)
+        {weight.dequantize("wd")} [fc] y = MatMul(d, wd) }}"""
+    constants = {"xs": np.float32(0.05), "xz": np.uint8(128)}
+    model = build(text, {**weight.weights, **constants})
+    node_named(model, "fc").metadata_props["qcompiler.scheme"] = scheme
+    run_pass(LowerMatMulNBits(), model, tmp_path)
+    assert ("MatMulNBits" in op_types(model)) == lowered

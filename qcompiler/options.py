@@ -1,0 +1,100 @@
+"""What a compilation is asked to do."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from qcompiler.calibration.calls import SampleOptions
+from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
+from qcompiler.quant.ranges import RangeMethod
+from qcompiler.quant.recipe import Recipe
+
+
+class Verification(StrEnum):
+    """How much is checked after every pass."""
+
+    STRUCTURE = "structure"
+    """Use-def, topology, the stage's legality rules, ONNX's checker at stage boundaries."""
+    NUMERICS = "numerics"
+    """All of that, and the model's outputs against those before the pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """How ranges of activations are found.
+
+    Attributes:
+        source: Where the samples are: see `calibration.samples.open_samples`.
+        samples: How they are read.
+        observer: How ranges are chosen; None tries each on a few calls and takes the best.
+        percentile: For that observer: percent of the values to keep.
+        outlier_channels: Channels of one value that may stay in float at most.
+        memory_budget: Bytes the process may take while it calibrates.
+        statistics: A file that statistics are kept in and reused from.
+    """
+
+    source: str
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    observer: Observer | None = None
+    percentile: float = DEFAULT_PERCENTILE
+    outlier_channels: int = 8
+    memory_budget: int = 2 << 30
+    statistics: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """What a compilation is asked to do.
+
+    Attributes:
+        scheme: Text form of one scheme for every site; None takes the target's default.
+        recipe: Path of a TOML recipe, or a `Recipe`; excludes `scheme`.
+        target: Name of the target.
+        exclude: Node name patterns (glob, or /regex/) that stay in float.
+        calibration: Samples that activation ranges come from, None without; a text is where
+            they are.
+        min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
+            to w8a16 until it holds; None asks for none.
+        metric: `module:function` that measures a model, higher is better (`calibration.metric`).
+        max_metric_drop: By how much it may be below the float model's; goes with `metric`.
+        never_slower: Whether every integer region is measured against float, and changed where it
+            loses; None does so where there are samples.
+        measurements: A JSON file that measured latencies are kept in and reused from, so that the
+            same compilation gives the same bytes; None keeps none.
+        threads: Threads of one operator when latency is measured; None leaves it to the runtime.
+        weight_range: How weight clipping ranges are chosen; None takes the recipe's, or
+            "weighted-mse".
+        user_passes: `module:function` references, run on the canonical model in this order.
+        verify: How much is checked after every pass.
+        samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
+        seed: Seed of made-up inputs.
+        dump_ir: Folder that gets the model after every pass, or None.
+        external_data: Whether weights go to a file of their own; None decides by size.
+        custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
+        inspect_kernels: Whether to load the result in the target's runtime and see what runs.
+        workers: Threads for quantizing; None is the number of processors.
+        memory_limit: Bytes of weights loaded at once when the runtime is inspected.
+    """
+
+    scheme: str | None = None
+    recipe: Path | Recipe | None = None
+    target: str = "onnxruntime"
+    exclude: tuple[str, ...] = ()
+    calibration: CalibrationOptions | str | None = None
+    min_output_sqnr: float | None = None
+    metric: str | None = None
+    max_metric_drop: float | None = None
+    never_slower: bool | None = None
+    measurements: Path | None = None
+    threads: int | None = None
+    weight_range: RangeMethod | None = None
+    user_passes: tuple[str, ...] = ()
+    verify: Verification = Verification.STRUCTURE
+    samples: Path | None = None
+    seed: int = 0
+    dump_ir: Path | None = None
+    external_data: bool | None = None
+    custom_op_libraries: tuple[Path, ...] = ()
+    inspect_kernels: bool = True
+    workers: int | None = None
+    memory_limit: int = 64 << 20

@@ -1,0 +1,30 @@
+"""Asking a target about a weight of a graph."""
+
+from qcompiler.ir.quantizable import Site
+from qcompiler.quant.scheme import QScheme
+from qcompiler.targets.capability import SchemeRequest
+
+
+def request_for(site: Site, scheme: QScheme, *, tied: bool, in_body: bool) -> SchemeRequest:
+    """Return the request to give a site a scheme.
+
+    Args:
+        site: Where the weight is.
+        scheme: What is asked for.
+        tied: Whether several ops share the weight.
+        in_body: Whether the op lies in an If, Loop or Scan body.
+    """
+    return SchemeRequest(
+        op_type=site.row.op_type,
+        domain=site.row.domain,
+        scheme=scheme,
+        float_type=site.tensor.dtype.name,
+        reduction=site.reduction,
+        outputs=site.outputs,
+        weight_rank=len(site.shape),
+        elements=site.tensor.size,
+        transposed=site.transposed,
+        tied=tied,
+        left=site.left,
+        in_body=in_body,
+    )
