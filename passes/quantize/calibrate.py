@@ -40,7 +40,7 @@ from qcompiler.quant.qtype import QType, qtype_named
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
-_TRIAL_CALLS: Final = 8
+_TRIAL_CALLS: Final = 16
 _SHARE_OF_OUTPUTS: Final = 8
 """One part in so many of the memory budget is for outputs that variants are compared with."""
 

@@ -1,6 +1,6 @@
 """How near a compiled model's outputs are to those of its source, on samples."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.calibration.held_out import spread
 from qcompiler.execution.sessions import Session, open_session
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.ranges import sqnr_db
@@ -52,12 +53,12 @@ def output_quality(
     custom_op_libraries: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> tuple[OutputQuality, ...]:
-    """Run source and compiled model on the last calls and compare their float outputs.
+    """Run source and compiled model on some of the calls and compare their float outputs.
 
     Args:
         source: The source model, which runs without optimizations.
         compiled: The compiled model.
-        samples: The calls; at most the last 8 are used.
+        samples: The calls; at most 8 are used, evenly spread.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
         progress: Where the work is shown.
 
@@ -74,7 +75,7 @@ def output_quality(
             )
             for path, optimize in ((source, False), (compiled, True), (compiled, False))
         ]
-        for feeds in _last(samples, count):
+        for feeds in spread(samples, MOST_CALLS):
             _add(sessions, feeds, energies)
             advance(1)
     return tuple(
@@ -88,7 +89,7 @@ class Reference:
 
     Args:
         model: The model; it runs without optimizations.
-        samples: The calls; of the last of them as many are used as fit.
+        samples: The calls; of some evenly spread over them as many are used as fit.
         memory: Bytes that kept outputs may take; one call is used at least.
         most_calls: Calls at most.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
@@ -106,7 +107,7 @@ class Reference:
         self._libraries = tuple(custom_op_libraries)
         self._calls: list[tuple[Feeds, dict[str, npt.NDArray[Any]]]] = []
         with self._session(model) as session:
-            for feeds in _last(samples, min(len(samples), most_calls)):
+            for feeds in spread(samples, most_calls):
                 outputs = session.run(feeds)
                 size = sum(array.nbytes for array in (*feeds.values(), *outputs.values()))
                 memory -= size
@@ -116,6 +117,11 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    @property
+    def feeds(self) -> list[Feeds]:
+        """The calls that were kept."""
+        return [feeds for feeds, _ in self._calls]
 
     def sqnr_db(self, variant: ir.Model) -> float:
         """Return the SQNR in dB of the output that is furthest from the model's.
@@ -136,11 +142,6 @@ class Reference:
 
     def _session(self, model: ir.Model) -> Session:
         return open_session(model, optimize=False, custom_op_libraries=self._libraries)
-
-
-def _last(samples: Samples, count: int) -> Iterable[Feeds]:
-    skipped = len(samples) - count
-    return (feeds for index, feeds in enumerate(samples) if index >= skipped)
 
 
 def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energies]) -> None:

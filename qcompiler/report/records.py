@@ -155,7 +155,7 @@ class CalibrationReport:
         sha256: Hash over all inputs of all calls.
         made_up: Whether they were random.
         observer: How ranges were chosen.
-        outputs: How near the outputs stayed, on the last 8 calls at most.
+        outputs: How near the outputs stayed, on 8 calls at most, evenly spread.
     """
 
     source: str

