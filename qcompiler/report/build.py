@@ -44,7 +44,11 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
         facts = facts_of(node)
         if not facts.keys() & {"scheme", "placement", "placement_reason"}:
             continue
-        scheme = facts.get("scheme") or ("a8" if "placement" in facts else "float")
+        scheme = facts.get("scheme", "float")
+        if scheme == "float" and "placement" in facts:
+            # An op without weights, of which assign-schemes knew no more than that.
+            scheme = "a8"
+            facts = {**facts, "rule": facts["placement"], "reason": facts["placement_reason"]}
         kernel = None if kernels is None else kernels.get(node.name or "")
         looked_for = kernels is not None and scheme not in ("float", "a8")
         missing = _MERGED if looked_for else None
@@ -55,7 +59,7 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
-                rule=facts.get("rule") or facts.get("placement", ""),
+                rule=facts.get("rule", ""),
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
                 region=int(facts["region"]) if "region" in facts else None,

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import Metric, OutputBound, Run
 from qcompiler.calibration.quality import Reference
 from qcompiler.errors import ParityError, UsageError
@@ -43,7 +44,8 @@ def held_out_db(model: ir.Model, plan: Plan, folder: Path) -> float:
     copy = model.clone()
     for rewrite in quantizing_passes(plan):
         rewrite.run(copy, context(folder))
-    return Reference(sensitive_model(), calls(4), memory=1 << 20, most_calls=1).sqnr_db(copy)
+    _, judging = hold_out(calls(4))
+    return Reference(sensitive_model(), judging, memory=1 << 20, most_calls=1).sqnr_db(copy)
 
 
 def left_out(model: ir.Model) -> list[str]:
