@@ -48,7 +48,7 @@ from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
 
-_LATENCY_BUDGET: Final = Budget(seconds=1.5, fewest=3)
+_LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
 
 
 @dataclass(frozen=True, slots=True)

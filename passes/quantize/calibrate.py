@@ -36,6 +36,7 @@ from qcompiler.ir.provenance import (
     annotate,
 )
 from qcompiler.ir.weights import WeightStore
+from qcompiler.passes.quantize.observer_trial import try_ranges
 from qcompiler.quant.qtype import QType, qtype_named
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
@@ -108,21 +109,27 @@ class Calibrate(Pass):
             return PassResult()
         wanted = [self._wanted(value) for value in values]
         statistics = self._statistics(model, wanted, context)
-        observer = self.options.observer or self._best_observer(model, statistics, context)
+        skips: list[Skip] = []
+        filled: list[ir.Value] = []
+        for value in values:
+            found = statistics.tensors[value.name or ""]
+            if found.count:
+                self._mark_outliers(value, found)
+                filled.append(value)
+            else:
+                reason = f"{value.name} has no element in any sample, and so no range"
+                skips.append(Skip("no-range", value.name or "", reason))
+        if not filled:
+            return PassResult((), tuple(skips))
+        observer = self.options.observer or self._best_observer(model, filled, statistics, context)
         model.metadata_props[OBSERVER] = observer.value
         if self.options.samples.made_up:
             model.metadata_props[MADE_UP] = "true"
-        rewrites: list[Rewrite] = []
-        skips: list[Skip] = []
-        for value in values:
-            name = value.name or ""
-            found = statistics.tensors[name]
-            if found.count == 0:
-                reason = f"{name} has no element in any sample, and so no range"
-                skips.append(Skip("no-range", name, reason))
-                continue
-            rewrites.append(Rewrite("choose-range", name, self._choose(value, found, observer)))
-        return PassResult(tuple(rewrites), tuple(skips))
+        rewrites = tuple(
+            Rewrite("choose-range", value.name or "", self._write(value, statistics, observer))
+            for value in filled
+        )
+        return PassResult(rewrites, tuple(skips))
 
     def _wanted(self, value: ir.Value) -> Wanted:
         channels = _channel_axis(value) if self.options.outlier_limit else None
@@ -130,44 +137,35 @@ class Calibrate(Pass):
         return Wanted(value.name or "", observer is None or observer.needs_histogram, channels)
 
     def _best_observer(
-        self, model: ir.Model, statistics: Statistics, context: PassContext
+        self,
+        model: ir.Model,
+        values: Sequence[ir.Value],
+        statistics: Statistics,
+        context: PassContext,
     ) -> Observer:
         """Quantize the activations of a copy with each observer, and return the best."""
         options = self.options
-        reference = Reference(
-            model,
-            options.samples,
-            memory=options.memory_budget // _SHARE_OF_OUTPUTS,
-            most_calls=_TRIAL_CALLS,
-            custom_op_libraries=options.custom_op_libraries,
-        )
-        quality: dict[Observer, float] = {}
-        with context.progress.task("trying observers", len(Observer)) as advance:
-            for observer in Observer:
-                with tempfile.TemporaryDirectory(prefix="qcompile-trial-") as folder:
-                    quality[observer] = self._try(
-                        observer, model, statistics, reference, Path(folder)
-                    )
-                advance(1)
-        return max(quality, key=lambda observer: quality[observer])
-
-    def _try(
-        self,
-        observer: Observer,
-        model: ir.Model,
-        statistics: Statistics,
-        reference: Reference,
-        folder: Path,
-    ) -> float:
-        copy = model.clone()
-        for value in _quantized_values(copy.graph):
-            found = statistics.tensors.get(value.name or "")
-            if found is not None and found.count and _has_own_scale(value):
-                self._choose(value, found, observer)
-        with WeightStore(folder) as store:
-            for rewrite in self.options.trial:
-                rewrite.run(copy, PassContext(store))
-            return reference.sqnr_db(copy)
+        observers = list(Observer)
+        with (
+            context.progress.task("trying observers", 2) as advance,
+            tempfile.TemporaryDirectory(prefix="qcompile-trial-") as folder,
+            WeightStore(Path(folder)) as store,
+        ):
+            reference = Reference(
+                model,
+                options.samples,
+                memory=options.memory_budget // _SHARE_OF_OUTPUTS,
+                most_calls=_TRIAL_CALLS,
+                custom_op_libraries=options.custom_op_libraries,
+            )
+            advance(1)
+            candidates = [
+                {value.name or "": self._range(value, statistics, observer) for value in values}
+                for observer in observers
+            ]
+            quality = try_ranges(model, candidates, options.trial, reference, PassContext(store))
+            advance(1)
+        return observers[int(np.argmax(quality))]
 
     def _statistics(
         self, model: ir.Model, wanted: Sequence[Wanted], context: PassContext
@@ -196,23 +194,39 @@ class Calibrate(Pass):
             save_statistics(collected, path)
         return collected
 
-    def _choose(self, value: ir.Value, found: TensorStatistics, observer: Observer) -> str:
-        """Write range and outlier channels on a value; return them as a clause."""
-        options = self.options
+    def _mark_outliers(self, value: ir.Value, found: TensorStatistics) -> None:
+        """Write on a value which of its channels stay in float."""
+        if found.channel_minimum is None or found.channel_maximum is None:
+            return
+        channels = outlier_channels(
+            found.channel_minimum, found.channel_maximum, self.options.outlier_limit
+        )
+        if channels:
+            value.metadata_props[OUTLIERS] = json.dumps(channels)
+
+    def _range(
+        self, value: ir.Value, statistics: Statistics, observer: Observer
+    ) -> tuple[float, float]:
+        """Return the range of a value's codes, its outlier channels left out."""
         qtype, symmetric = quantizer_of(value)
-        outliers: tuple[int, ...] = ()
-        if found.channel_minimum is not None and found.channel_maximum is not None:
-            outliers = outlier_channels(
-                found.channel_minimum, found.channel_maximum, options.outlier_limit
-            )
-            found = _without(found, outliers)
-        low, high = choose_range(found, observer, qtype, symmetric, percentile=options.percentile)
+        return choose_range(
+            _inliers(value, statistics),
+            observer,
+            qtype,
+            symmetric,
+            percentile=self.options.percentile,
+        )
+
+    def _write(self, value: ir.Value, statistics: Statistics, observer: Observer) -> str:
+        """Write the range on a value; return it as a clause."""
+        low, high = self._range(value, statistics, observer)
         value.metadata_props[RANGE] = json.dumps([low, high])
         clause = f"{low:.6g} to {high:.6g}"
-        if outliers:
-            value.metadata_props[OUTLIERS] = json.dumps(outliers)
-            clause += f", channels {', '.join(map(str, outliers))} in float"
+        if OUTLIERS in value.metadata_props:
+            clause += f", channels {value.metadata_props[OUTLIERS].strip('[]')} in float"
+        found = _inliers(value, statistics)
         if found.histogram is not None:
+            qtype, symmetric = quantizer_of(value)
             quality = activation_sqnr_db(found, qtype, low, high, symmetric=symmetric)
             if np.isfinite(quality):
                 annotate(value, **{ACTIVATION_SQNR.removeprefix("qcompiler."): quality})
@@ -256,8 +270,13 @@ def _channel_axis(value: ir.Value) -> int | None:
     return len(value.shape) - 1 if products and len(value.shape) > 1 else None
 
 
-def _without(found: TensorStatistics, channels: Sequence[int]) -> TensorStatistics:
-    """Return statistics of the other channels; what lies in their range is taken for theirs."""
+def _inliers(value: ir.Value, statistics: Statistics) -> TensorStatistics:
+    """Return statistics of the channels that are quantized.
+
+    What an outlier channel holds within the range of the others is taken for theirs.
+    """
+    found = statistics.tensors[value.name or ""]
+    channels = json.loads(value.metadata_props.get(OUTLIERS, "[]"))
     if not channels:
         return found
     assert found.channel_minimum is not None

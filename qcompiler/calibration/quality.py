@@ -128,16 +128,23 @@ class Reference:
 
         The variant runs without optimizations. NaN counts as infinitely far.
         """
+        return self.sqnr_db_each(variant, [{}])[0]
+
+    def sqnr_db_each(self, variant: ir.Model, settings: Sequence[Feeds]) -> list[float]:
+        """Return the same for a variant with more inputs, for each setting of these."""
+        with self._session(variant) as session:
+            return [self._worst(session, setting) for setting in settings]
+
+    def _worst(self, session: Session, setting: Feeds) -> float:
         signal: dict[str, float] = {}
         noise: dict[str, float] = {}
-        with self._session(variant) as session:
-            for feeds, outputs in self._calls:
-                found = session.run(feeds)
-                for name, values in outputs.items():
-                    if _is_float(values):
-                        energy = _energy(values.astype(np.float64))
-                        signal[name] = signal.get(name, 0.0) + energy
-                        noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
+        for feeds, outputs in self._calls:
+            found = session.run(feeds | setting)
+            for name, values in outputs.items():
+                if _is_float(values):
+                    energy = _energy(values.astype(np.float64))
+                    signal[name] = signal.get(name, 0.0) + energy
+                    noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
         return min((sqnr_db(signal[name], noise[name]) for name in signal), default=np.inf)
 
     def _session(self, model: ir.Model) -> Session:

@@ -1,0 +1,83 @@
+"""Trying several sets of ranges on a model, in one session."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.calibration.calls import Feeds
+from qcompiler.calibration.grid_error import grid_of
+from qcompiler.calibration.quality import Reference
+from qcompiler.ir.dataflow import is_op
+from qcompiler.ir.provenance import QUANTIZER, RANGE
+from qcompiler.quant.qtype import qtype_named
+from qcompiler.rewriting.base import Pass, PassContext
+
+Ranges = Mapping[str, tuple[float, float]]
+"""Lower and upper end by name of the value."""
+
+
+def try_ranges(
+    model: ir.Model,
+    candidates: Sequence[Ranges],
+    passes: Sequence[Pass],
+    reference: Reference,
+    context: PassContext,
+) -> list[float]:
+    """Return the output SQNR in dB that each set of ranges leaves, weights in float.
+
+    The quantized graph is the same for all of them, but for its scales and zero points: these
+    become inputs, so that one session serves all.
+
+    Args:
+        model: A model whose values are marked, outlier channels included; not changed.
+        candidates: Sets of ranges of the same values.
+        passes: What quantizes the activations of a model with ranges.
+        reference: What to compare with.
+        context: What the passes need.
+    """
+    copy = model.clone()
+    names: dict[ir.Value, str] = {}
+    for value in (*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)):
+        name = value.name or ""
+        if name in candidates[0]:
+            names[value] = name
+            value.metadata_props[RANGE] = json.dumps(candidates[0][name])
+    for rewrite in passes:
+        rewrite.run(copy, context)
+    operands = _open_operands(copy.graph, names, set(candidates[0]))
+    return reference.sqnr_db_each(copy, [_feeds(operands, ranges) for ranges in candidates])
+
+
+def _open_operands(
+    graph: ir.Graph, names: Mapping[ir.Value, str], wanted: set[str]
+) -> dict[str, tuple[ir.Value, ir.Value, str]]:
+    """Make scales and zero points graph inputs; return them with the type, by quantized value."""
+    found: dict[str, tuple[ir.Value, ir.Value, str]] = {}
+    for node in list(graph):
+        if not is_op(node, "QuantizeLinear") or node.inputs[0] is None:
+            continue
+        value = node.inputs[0]
+        # A pass may have put another value under the name, or another name on the value.
+        name = names.get(value, value.name or "")
+        scale, zero_point = node.inputs[1], node.inputs[2]
+        if name not in wanted or scale is None or zero_point is None:
+            continue
+        for operand in (scale, zero_point):
+            graph.initializers.pop(operand.name or "", None)
+            operand.const_value = None
+            graph.inputs.append(operand)
+        found[name] = (scale, zero_point, value.metadata_props[QUANTIZER])
+    return found
+
+
+def _feeds(operands: Mapping[str, tuple[ir.Value, ir.Value, str]], ranges: Ranges) -> Feeds:
+    feeds: Feeds = {}
+    for name, (scale, zero_point, quantizer) in operands.items():
+        type_name, _, symmetry = quantizer.partition(":")
+        grid = grid_of(*ranges[name], qtype_named(type_name), symmetric=symmetry == "sym")
+        assert zero_point.dtype is not None
+        feeds[scale.name or ""] = np.array(grid.scale, np.float32)
+        feeds[zero_point.name or ""] = np.array(grid.zero_point, zero_point.dtype.numpy())
+    return feeds
