@@ -195,6 +195,7 @@ def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
             plan.target,
             PlaceQuantizers(PlaceOptions(plan.target.placement)),
             tuple(quantizing_passes(plan)),
+            tuple(_made(_lowering(plan), plan)),
             plan.calibration.memory_budget,
             plan.custom_op_libraries,
         )
@@ -203,7 +204,7 @@ def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
 
 def quantizing_passes(plan: Plan) -> list[Pass]:
     """Return what makes a Q/DQ graph of one whose quantizers are placed and calibrated."""
-    return _made([SplitOutlierChannels, InsertActivationQdq, InsertQdq], plan)
+    return _made(_INSERTING, plan)
 
 
 def _drop_slow_regions(plan: Plan) -> DropSlowRegions:
@@ -212,8 +213,7 @@ def _drop_slow_regions(plan: Plan) -> DropSlowRegions:
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
     # What the codes are does not change the speed, so the quickest way to find them will do.
     quick = replace(plan, weight_range=RangeMethod.MIN_MAX)
-    kinds = [*_QUANTIZING, *_lowering(plan)]
-    remaining = kinds[kinds.index(DropSlowRegions) + 1 :]
+    remaining = [*_INSERTING, *_lowering(plan)]
     return DropSlowRegions(
         DropSlowRegionsOptions(
             plan.target,
@@ -271,12 +271,15 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     AssignSchemes: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
     PlaceQuantizers: lambda plan: PlaceQuantizers(PlaceOptions(plan.target.placement)),
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
-    AssignFallbacks: _assign_fallbacks,
     DropSlowRegions: _drop_slow_regions,
+    AssignFallbacks: _assign_fallbacks,
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
     InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
 }
+
+_INSERTING: tuple[type[Pass], ...] = (SplitOutlierChannels, InsertActivationQdq, InsertQdq)
+"""Those that make a Q/DQ graph of a plan."""
 
 _STATIC: frozenset[type[Pass]] = frozenset(
     {PlaceQuantizers, Calibrate, SplitOutlierChannels, InsertActivationQdq}

@@ -76,6 +76,14 @@ def test_regions_are_measured_where_there_are_samples() -> None:
         make_plan(CompileOptions(never_slower=True))
 
 
+def test_a_bound_is_judged_on_what_regions_were_left() -> None:
+    options = CompileOptions(calibration="random", min_output_sqnr=20.0)
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    found = [rewrite.name for rewrite in pipeline(with_data(make_plan(options), model, lambda: ""))]
+    at = found.index("assign-fallbacks")
+    assert found.index("drop-slow-regions") < at < found.index("split-outlier-channels")
+
+
 def test_regions_are_measured_as_the_rest_of_the_pipeline_makes_them() -> None:
     options = CompileOptions(calibration="random")
     model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")

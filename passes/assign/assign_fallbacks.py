@@ -55,6 +55,7 @@ class FallbackOptions:
         target: What ops can fall back to.
         place: Places quantizers for the schemes that ops have.
         quantize: Turns a placed model into one with Q/DQ nodes, in this order.
+        lower: Turns that into what is shipped, which is what is judged.
         memory_budget: Bytes the process may take.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
     """
@@ -64,6 +65,7 @@ class FallbackOptions:
     target: Target
     place: Pass
     quantize: tuple[Pass, ...]
+    lower: tuple[Pass, ...] = ()
     memory_budget: int = 2 << 30
     custom_op_libraries: tuple[Path, ...] = ()
 
@@ -221,7 +223,8 @@ class _Trials:
         carry_ranges(copy.graph)
         for name in left_out:
             _leave_out(copy, name, "", self.options)
-        for rewrite in (self.options.place, *self.options.quantize):
+        options = self.options
+        for rewrite in (options.place, *options.quantize, *options.lower):
             rewrite.run(copy, self.context)
         return copy
 
@@ -256,14 +259,15 @@ class _Trials:
 
 def _candidates(model: ir.Model) -> list[Candidate]:
     """Return what works on quantized activations."""
-    placed = {
-        node.name
-        for node in model.graph
-        if PLACEMENT in node.metadata_props
-        and (scheme := scheme_of(node))
-        and scheme.activations is Activations.STATIC
-    }
-    return [c for c in find_candidates(model) if any(name in placed for name in c.nodes)]
+    quantized = {node.name for node in all_nodes(model) if _quantizes_activations(node)}
+    return [c for c in find_candidates(model) if any(name in quantized for name in c.nodes)]
+
+
+def _quantizes_activations(node: ir.Node) -> bool:
+    scheme = scheme_of(node)
+    if scheme is None or scheme.activations is Activations.FLOAT:
+        return False
+    return scheme.activations is Activations.DYNAMIC or PLACEMENT in node.metadata_props
 
 
 def _fewest(order: Sequence[Candidate], holds: int, trials: _Trials) -> int:

@@ -30,6 +30,7 @@ def fallbacks(plan: Plan, bound: OutputBound) -> AssignFallbacks:
             plan.target,
             pass_named("place-quantizers", plan),
             tuple(quantizing_passes(plan)),
+            (pass_named("lower-dynamic-quantization", plan),),
         )
     )
 
@@ -104,6 +105,17 @@ def test_the_choice_is_the_same_each_time_and_stays(tmp_path: Path) -> None:
     again = run_pass(fallbacks(plan, OutputBound(25.0)), one, tmp_path)
     assert [rewrite.rule for rewrite in again.rewrites] == ["bound-holds"]
     assert serialized(one) == serialized(other)
+
+
+def test_an_op_on_dynamic_activations_can_fall_back(tmp_path: Path) -> None:
+    model, plan = planned()
+    node = node_named(model, SENSITIVE)
+    node.metadata_props[SCHEME] = "w8a8-dynamic:sym"
+    pass_named("place-quantizers", plan).run(model, context(tmp_path))
+    assert PLACEMENT not in node.metadata_props
+    result = run_pass(fallbacks(plan, OutputBound(25.0)), model, tmp_path)
+    assert node.metadata_props[SCHEME].startswith("w8a16")
+    assert SENSITIVE in [rewrite.node for rewrite in result.rewrites]
 
 
 def closeness(run: Run) -> float:

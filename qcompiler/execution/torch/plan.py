@@ -1,0 +1,320 @@
+"""A graph as a list of steps over numbered slots, compiled once and run often."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+
+from qcompiler.execution.torch.call import Call
+from qcompiler.execution.torch.element_types import SCARCE, ElementTypes, Value
+from qcompiler.execution.torch.op_table import Op, OpIndex
+from qcompiler.execution.torch.outside_torch import OutsideTorch
+from qcompiler.ir.dataflow import captured_values, constant_of, standard_domain
+
+_NOTHING: Final = -1
+"""Slot of an absent input: the last one of every frame, which is always None."""
+_ELSEWHERE: Final = SCARCE | {ir.DataType.STRING}
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class Step:
+    """One node, ready to run.
+
+    Attributes:
+        call: What its function is told.
+        function: What runs it.
+        inputs: Slots it reads.
+        outputs: Slots it writes; `_NOTHING` for an absent one.
+        weights: Slots among `inputs` that are constants.
+        bodies: Plans of its bodies by attribute name, with the outer slots they capture.
+        host: Positions of inputs that stay on the CPU.
+    """
+
+    call: Call
+    function: Callable[..., Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    weights: tuple[tuple[int, ir.Value], ...]
+    bodies: tuple[tuple[str, "Plan", tuple[int, ...]], ...]
+    host: frozenset[int]
+
+    @property
+    def reads(self) -> Iterable[int]:
+        """Slots that have to be there before the step runs."""
+        yield from (slot for slot in self.inputs if slot != _NOTHING)
+        for _, _, captured in self.bodies:
+            yield from captured
+
+
+Schedule = list[tuple[Step, tuple[int, ...]]]
+"""Steps in order, each with the slots that nobody reads any more after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What every plan of a program shares.
+
+    Attributes:
+        index: The ops that can run.
+        opsets: Versions the model imports.
+        elements: PyTorch types of the program.
+        device: Where it runs.
+    """
+
+    index: OpIndex
+    opsets: Mapping[str, int]
+    elements: ElementTypes
+    device: torch.device
+
+    def version(self, domain: str) -> int:
+        """Return the opset version of a domain."""
+        name = standard_domain(domain)
+        names = ("", "ai.onnx") if not name else (name,)
+        return max(self.opsets.get(each, 0) for each in names) or 1
+
+
+class Plan:
+    """Nodes in order, with the slots of what they read and write.
+
+    Attributes:
+        slots: The slot of every value.
+        steps: One per node.
+    """
+
+    def __init__(
+        self,
+        nodes: Iterable[ir.Node],
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        machine: Machine,
+    ) -> None:
+        """Compile nodes.
+
+        Args:
+            nodes: In graph order.
+            inputs: Values that are given when the plan runs.
+            outputs: Values that are asked for.
+            machine: What all plans of the program share.
+
+        Raises:
+            ModelError: An op that nothing here can run.
+        """
+        self._machine = machine
+        self.slots: dict[ir.Value, int] = {}
+        self.inputs = [self._slot(value) for value in inputs]
+        self.steps = [
+            self._step(node) for node in nodes if node.op_type != "Constant" or _is_odd(node)
+        ]
+        self.outputs = [self._slot(value) for value in outputs]
+        self._loose_weights = [
+            (self.slots[value], value)
+            for value in outputs
+            if constant_of(value) is not None and value not in inputs
+        ]
+        self._schedules: dict[object, Schedule] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plan runs."""
+        return self._machine.device
+
+    def outside_torch(self) -> Iterable[ir.Node]:
+        """Yield the nodes that run without gradient, those of bodies too."""
+        for step in self.steps:
+            if isinstance(step.function, OutsideTorch):
+                yield step.call.node
+            for _, body, _ in step.bodies:
+                yield from body.outside_torch()
+
+    def weights(self) -> Iterable[ir.Value]:
+        """Yield the constants that steps read, those of bodies too; some more than once."""
+        for step in self.steps:
+            yield from (value for _, value in step.weights)
+            for _, body, _ in step.bodies:
+                yield from body.weights()
+        yield from (value for _, value in self._loose_weights)
+
+    def host_weights(self) -> Iterable[ir.Value]:
+        """Yield constants that every reader reads as Python numbers."""
+        kinds: dict[ir.Value, bool] = {}
+        for step in self.steps:
+            positions = {slot: position for position, slot in enumerate(step.inputs)}
+            for slot, value in step.weights:
+                is_host = positions.get(slot, _NOTHING) in step.host
+                kinds[value] = kinds.get(value, True) and is_host
+            for _, body, _ in step.bodies:
+                yield from body.host_weights()
+        yield from (value for value, is_host in kinds.items() if is_host)
+
+    def schedule(self, wanted: Iterable[int], given: Iterable[int]) -> Schedule:
+        """Return the steps that compute some slots from others, with what each may forget."""
+        key = (frozenset(wanted), frozenset(given))
+        if key not in self._schedules:
+            self._schedules[key] = _prune(self.steps, *key)
+        return self._schedules[key]
+
+    def run(
+        self,
+        schedule: Schedule,
+        arguments: Mapping[int, Value],
+        weights: Callable[[ir.Value], Value],
+        *,
+        changes: Mapping[int, Change] | None = None,
+        kept: Mapping[int, str] | None = None,
+    ) -> dict[int, Value]:
+        """Run steps.
+
+        Args:
+            schedule: Of this plan.
+            arguments: Values of the slots that are given.
+            weights: Returns the tensor of a constant.
+            changes: What to do to the value of a slot before anybody reads it.
+            kept: Slots whose values are returned, besides the plan's outputs.
+
+        Returns:
+            Values by slot.
+        """
+        frame: list[Value] = [None] * (len(self.slots) + 1)
+        wanted = {*self.outputs, *(kept or ())}
+        results = {slot: value for slot, value in arguments.items() if slot in wanted}
+        for slot, value in arguments.items():
+            frame[slot] = value
+        for step, done in schedule:
+            for slot, weight in step.weights:
+                if slot not in arguments:
+                    frame[slot] = weights(weight)
+            self._run_step(step, frame, weights)
+            for slot in step.outputs:
+                if changes and slot in changes:
+                    value = frame[slot]
+                    assert isinstance(value, torch.Tensor)
+                    frame[slot] = changes[slot](value)
+                if slot in wanted:
+                    results[slot] = frame[slot]
+            for slot in done:
+                frame[slot] = None
+        for slot, weight in self._loose_weights:
+            results.setdefault(slot, weights(weight))
+        return results
+
+    def _run_step(
+        self, step: Step, frame: list[Value], weights: Callable[[ir.Value], Value]
+    ) -> None:
+        arguments: Sequence[Value] = [frame[slot] for slot in step.inputs]
+        if self._machine.device.type != "cpu":
+            arguments = _placed(arguments, step.host, self._machine.device)
+        if step.bodies:
+            bodies = {
+                name: partial(_run_body, plan, [frame[slot] for slot in captured], weights)
+                for name, plan, captured in step.bodies
+            }
+            result = step.function(step.call, *arguments, **bodies)
+        else:
+            result = step.function(step.call, *arguments)
+        if type(result) is tuple:
+            for slot, value in zip(step.outputs, result, strict=False):
+                frame[slot] = value
+            frame[_NOTHING] = None
+        elif step.outputs:
+            frame[step.outputs[0]] = result
+
+    def _slot(self, value: ir.Value) -> int:
+        return self.slots.setdefault(value, len(self.slots))
+
+    def _step(self, node: ir.Node) -> Step:
+        machine = self._machine
+        version = machine.version(node.domain)
+        call = Call(node, version, machine.elements, machine.device)
+        row = _row_for(node, machine.index.find(node.domain, node.op_type, version))
+        function = row.function if row is not None else OutsideTorch(call, machine.opsets)
+        inputs = tuple(
+            _NOTHING if value is None or not value.name else self._slot(value)
+            for value in node.inputs
+        )
+        bodies = tuple(self._bodies(node)) if row is not None else ()
+        weights = {
+            self.slots[value]: value
+            for value in node.inputs
+            if value is not None and constant_of(value) is not None
+        }
+        outputs = tuple(self._slot(value) if value.name else _NOTHING for value in node.outputs)
+        host = row.host if row is not None else frozenset(range(len(inputs)))
+        return Step(call, function, inputs, outputs, tuple(weights.items()), bodies, host)
+
+    def _bodies(self, node: ir.Node) -> Iterable[tuple[str, "Plan", tuple[int, ...]]]:
+        # Constants are no captures: a body asks for those itself.
+        captured = [value for value in captured_values(node) if constant_of(value) is None]
+        for attribute in node.attributes.values():
+            if attribute.type is not ir.AttributeType.GRAPH:
+                continue
+            body = attribute.as_graph()
+            plan = Plan(body, [*body.inputs, *captured], body.outputs, self._machine)
+            yield attribute.name, plan, tuple(self._slot(value) for value in captured)
+
+
+def _run_body(
+    plan: Plan, captured: Sequence[Value], weights: Callable[[ir.Value], Value], *inputs: Value
+) -> list[Value]:
+    arguments = dict(zip(plan.inputs, [*inputs, *captured], strict=True))
+    schedule = plan.schedule(plan.outputs, plan.inputs)
+    results = plan.run(schedule, arguments, weights)
+    return [results[slot] for slot in plan.outputs]
+
+
+def _row_for(node: ir.Node, row: Op | None) -> Op | None:
+    """Return the row, unless the node works on elements that PyTorch cannot compute with."""
+    if row is None or row.all_types:
+        return row
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    return None if any(value.dtype in _ELSEWHERE for value in values) else row
+
+
+def _is_odd(node: ir.Node) -> bool:
+    """Whether a Constant node is not known as a constant: its value is no plain tensor."""
+    return constant_of(node.outputs[0]) is None
+
+
+def _prune(steps: Sequence[Step], wanted: frozenset[int], given: frozenset[int]) -> Schedule:
+    needed, kept = set(wanted - given), []
+    for step in reversed(steps):
+        if not needed.isdisjoint(step.outputs):
+            kept.append(step)
+            needed.update(slot for slot in step.reads if slot not in given)
+    kept.reverse()
+    last: dict[int, Step] = {}
+    for step in kept:
+        for slot in (*step.reads, *step.outputs):
+            if slot != _NOTHING:
+                last[slot] = step
+    done: dict[int, list[int]] = {}
+    for slot, step in last.items():
+        if slot not in wanted:
+            done.setdefault(id(step), []).append(slot)
+    return [(step, tuple(done.get(id(step), ()))) for step in kept]
+
+
+def _placed(
+    arguments: Sequence[Value], host: frozenset[int], device: torch.device
+) -> Sequence[Value]:
+    """Return arguments on one device, those that are read as numbers on the CPU.
+
+    A node that only has values of the CPU stays there: arithmetic on shapes.
+    """
+    tensors = [
+        each
+        for position, each in enumerate(arguments)
+        if position not in host and isinstance(each, torch.Tensor)
+    ]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        place = torch.device("cpu")
+    else:
+        place = device
+    return [
+        each.to("cpu" if position in host else place) if isinstance(each, torch.Tensor) else each
+        for position, each in enumerate(arguments)
+    ]
