@@ -216,13 +216,20 @@ class Nncf:
         import onnx
 
         library = import_module("nncf")
+        advanced = import_module("nncf.quantization.advanced_parameters")
         samples = list(task.samples())
-        model = library.quantize(
-            onnx.load(task.source),
-            library.Dataset(samples),
-            subset_size=len(samples),
-            model_type=library.ModelType.TRANSFORMER if task.transformer else None,
-        )
+        settings: dict[str, Any] = {"subset_size": len(samples)}
+        if task.transformer:
+            settings["model_type"] = library.ModelType.TRANSFORMER
+        try:
+            model = library.quantize(onnx.load(task.source), library.Dataset(samples), **settings)
+        except AttributeError:
+            # On SmolLM2 its SmoothQuant looks for the values of weights that are none.
+            off = advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+            settings["advanced_parameters"] = advanced.AdvancedQuantizationParameters(
+                smooth_quant_alphas=off
+            )
+            model = library.quantize(onnx.load(task.source), library.Dataset(samples), **settings)
         save(model, task.output)
 
 
