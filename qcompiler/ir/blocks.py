@@ -1,5 +1,7 @@
 """Blocks: stretches of a graph between values that everything passes through."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -101,36 +103,117 @@ def _split(
     minimum_sites: int,
 ) -> list[Block]:
     blocks: list[Block] = []
-    start, entry = 0, None
-    remaining = [index for index, node in enumerate(order) if node in site_nodes]
-    for position, value in cuts:
-        inside = sum(1 for index in remaining if start <= index <= position)
-        after = sum(1 for index in remaining if index > position)
-        if inside < minimum_sites or after < minimum_sites:
+    start, entry, used = 0, None, 0
+    at_sites = [index for index, node in enumerate(order) if node in site_nodes]
+    before: dict[int, list[tuple[int, ir.Value]]] = {}
+    for cut in cuts:
+        before.setdefault(bisect_right(at_sites, cut[0]), []).append(cut)
+    for count, same in before.items():
+        if count - used < minimum_sites or len(at_sites) - count < minimum_sites:
             continue
+        position, value = _best_cut(same, order[at_sites[count - 1]])
         nodes = tuple(node for node in order[start : position + 1] if node in tainted)
         blocks.append(Block(len(blocks), entry, value.name, nodes, _label(nodes)))
-        start, entry = position + 1, value.name
+        start, entry, used = position + 1, value.name, count
     nodes = tuple(node for node in order[start:] if node in tainted)
     if nodes:
         blocks.append(Block(len(blocks), entry, None, nodes, _label(nodes)))
     return blocks
 
 
+def _best_cut(cuts: list[tuple[int, ir.Value]], site: ir.Node) -> tuple[int, ir.Value]:
+    """Return the last of the cuts between two sites that still belongs to the first one's module.
+
+    So an activation function or a normalization goes with the layer before it, unless the
+    exporter says that it is part of something else.
+    """
+    home = _scope(site)
+
+    def shared(cut: tuple[int, ir.Value]) -> int:
+        producer = cut[1].producer()
+        scope = [] if producer is None else _scope(producer)
+        return len(_common([home, scope]))
+
+    most = max(map(shared, cuts))
+    return [cut for cut in cuts if shared(cut) == most][-1]
+
+
 def _label(nodes: tuple[ir.Node, ...]) -> str:
     """Return the longest module path that all nodes with exporter metadata share."""
-    scopes = [_scope(node) for node in nodes if "pkg.torch.onnx.name_scopes" in node.metadata_props]
-    if not scopes:
-        return ""
-    shared = scopes[0]
-    for scope in scopes[1:]:
-        length = 0
-        while length < min(len(shared), len(scope)) and shared[length] == scope[length]:
-            length += 1
-        shared = shared[:length]
+    shared = _common([scope for node in nodes if (scope := _scope(node))])
     return shared[-1] if shared else ""
 
 
+def _common(scopes: list[list[str]]) -> list[str]:
+    """Return what all lists of names begin with."""
+    if not scopes:
+        return []
+    first, last = min(scopes), max(scopes)
+    length = 0
+    while length < len(first) and first[length] == last[length]:
+        length += 1
+    return first[:length]
+
+
 def _scope(node: ir.Node) -> list[str]:
-    text = node.metadata_props["pkg.torch.onnx.name_scopes"]
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     return [part.strip(" '\"") for part in text.strip("[]").split(",") if part.strip(" '\"")]
+
+
+def find_layers(model: ir.Model) -> list[Block]:
+    """Cut the main graph into its repeated layers, and what comes before, between and after them.
+
+    Transformer layers are two or more blocks of `find_blocks` each: attention and feed-forward.
+    Blocks repeat when their weights have the same shapes in the same order; the longest such
+    stretch is joined, period by period. Where nothing repeats, these are the blocks themselves.
+    """
+    blocks = find_blocks(model)
+    weights = _weight_shapes(model)
+    kinds = [_kind(block, weights) for block in blocks]
+    start, period, count = _repetition(kinds)
+    groups = [[block] for block in blocks[:start]]
+    groups += [
+        blocks[start + period * index : start + period * (index + 1)] for index in range(count)
+    ]
+    groups += [[block] for block in blocks[start + period * count :]]
+    return [_joined(index, group) for index, group in enumerate(groups)]
+
+
+_Kind = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _weight_shapes(model: ir.Model) -> dict[ir.Node, _Kind]:
+    """Return op type and weight shape of every site, by the node of the main graph it lies in."""
+    owner = _outermost(model)
+    found: dict[ir.Node, _Kind] = {}
+    for site in find_sites(model)[0]:
+        node = owner[site.node]
+        found[node] = (*found.get(node, ()), (site.row.op_type, site.shape))
+    return found
+
+
+def _kind(block: Block, weights: dict[ir.Node, _Kind]) -> _Kind:
+    return tuple(entry for node in block.nodes for entry in weights.get(node, ()))
+
+
+def _repetition(kinds: Sequence[_Kind]) -> tuple[int, int, int]:
+    """Return where the longest repetition starts, its period, and how often it repeats.
+
+    Of equally long ones the shortest period counts, then the first start.
+    """
+    best = (0, 0, 1, 0)
+    for period in range(1, len(kinds) // 2 + 1):
+        start = 0
+        for index in range(period, len(kinds) + 1):
+            if index < len(kinds) and kinds[index] == kinds[index - period]:
+                continue
+            count = (index - start) // period
+            if count > 1 and count * period > best[0]:
+                best = (count * period, start, period, count)
+            start = index - period + 1
+    return best[1:]
+
+
+def _joined(index: int, blocks: Sequence[Block]) -> Block:
+    nodes = tuple(node for block in blocks for node in block.nodes)
+    return Block(index, blocks[0].input, blocks[-1].output, nodes, _label(nodes))

@@ -1,6 +1,6 @@
 """Blocks: cut values by structure."""
 
-from qcompiler.ir.blocks import find_blocks
+from qcompiler.ir.blocks import find_blocks, find_layers
 from tests.support.graphs import build, random_array
 
 _RESIDUAL = """g (float[N, 4] x, float[N, 4] mask) => (float[N, 4] y) {
@@ -77,3 +77,60 @@ def test_labels_come_from_exporter_metadata() -> None:
 
 def test_a_model_without_sites_has_no_blocks() -> None:
     assert find_blocks(build("g (float[N] x) => (float[N] y) { y = Relu(x) }")) == []
+
+
+def test_what_follows_a_product_alone_goes_with_it() -> None:
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        a = MatMul(x, w0)
+        b = Relu(a)
+        c = Tanh(b)
+        y = MatMul(c, w1)
+    }"""
+    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(2)})
+    assert [block.output for block in find_blocks(model)] == ["c", None]
+
+
+def test_what_the_exporter_calls_another_module_does_not() -> None:
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        a = MatMul(x, w0)
+        b = Relu(a)
+        c = Tanh(b)
+        y = MatMul(c, w1)
+    }"""
+    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(2)})
+    for node, module in zip(model.graph, ("layer", "layer", "norm", "head"), strict=True):
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{module}']"
+    assert [block.output for block in find_blocks(model)] == ["b", None]
+
+
+def _stack(layers: int) -> tuple[str, dict[str, object]]:
+    """Return layers of a narrow and a wide residual block, between an embedding and a head."""
+    weights: dict[str, object] = {"embed": random_array(4, 6), "head": random_array(6, 3)}
+    lines = ["h0 = MatMul(x, embed)"]
+    for at in range(layers):
+        weights[f"a{at}"] = random_array(6, 6)
+        weights[f"u{at}"], weights[f"d{at}"] = random_array(6, 12), random_array(12, 6)
+        lines += [
+            f"p{at} = MatMul(h{at}, a{at})",
+            f"q{at} = Add(h{at}, p{at})",
+            f"r{at} = MatMul(q{at}, u{at})",
+            f"s{at} = MatMul(r{at}, d{at})",
+            f"h{at + 1} = Add(q{at}, s{at})",
+        ]
+    lines.append(f"y = MatMul(h{layers}, head)")
+    return f"g (float[N, 4] x) => (float[N, 3] y) {{ {' '.join(lines)} }}", weights
+
+
+def test_layers_are_what_repeats() -> None:
+    model = build(*_stack(4))
+    assert len(find_blocks(model)) == 10
+    layers = find_layers(model)
+    assert [layer.output for layer in layers] == ["h0", "h1", "h2", "h3", "h4", None]
+    assert [len(layer.nodes) for layer in layers] == [1, 5, 5, 5, 5, 1]
+    assert [layer.input for layer in layers] == [None, *(layer.output for layer in layers[:-1])]
+
+
+def test_where_nothing_repeats_layers_are_blocks() -> None:
+    model = build(*_stack(1))
+    assert find_layers(model) == find_blocks(model)
+    assert find_layers(build("g (float[N] x) => (float[N] y) { y = Relu(x) }")) == []

@@ -50,8 +50,13 @@ class Program:
         self._plan = plan
         self._weights = weights
         self._elements = elements
-        self._slots = {str(value.name): slot for value, slot in plan.slots.items() if value.name}
         self._constants = {str(value.name): value for value in plan.weights() if value.name}
+        constants = set(self._constants.values())
+        self._slots = {
+            str(value.name): slot
+            for value, slot in plan.slots.items()
+            if value.name and value not in constants
+        }
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
 
@@ -100,7 +105,7 @@ class Program:
     @property
     def value_names(self) -> tuple[str, ...]:
         """Names of the values that can be captured or replaced: those of the main graph."""
-        return tuple(name for name in self._slots if name not in self._constants)
+        return tuple(self._slots)
 
     @property
     def outside_torch(self) -> tuple[str, ...]:
