@@ -1,9 +1,8 @@
 """Latency of a model relative to another, measured in alternation."""
 
 import time
+from collections.abc import Callable
 from statistics import median
-
-import onnxruntime as ort
 
 from benchmarks.runtime import Feeds, ModelSource, open_session
 
@@ -18,6 +17,18 @@ def latency_ratio(
 ) -> dict[str, float]:
     """Run two models in turns on the same inputs.
 
+    Returns:
+        What `in_turns` returns.
+    """
+    before, after = open_session(reference), open_session(candidate)
+    return in_turns(lambda: before.run(None, feeds), lambda: after.run(None, feeds), seconds)
+
+
+def in_turns(
+    reference: Callable[[], object], candidate: Callable[[], object], seconds: float = _SECONDS
+) -> dict[str, float]:
+    """Time two functions in turns.
+
     Every round runs both, the first of them changing, so that the load of the machine, which moves
     slower than a round, meets both alike.
 
@@ -26,15 +37,15 @@ def latency_ratio(
         `ratio_high`, their quartiles; `milliseconds` and `float_milliseconds`, the median times;
         `rounds`.
     """
-    sessions = (open_session(reference), open_session(candidate))
-    for session in sessions:
+    both = (reference, candidate)
+    for run in both:
         for _ in range(_WARM_UP_RUNS):
-            session.run(None, feeds)
+            run()
     times: list[tuple[float, float]] = []
     started = time.perf_counter()
     while _goes_on(len(times), time.perf_counter() - started, seconds):
-        first, second = sessions if len(times) % 2 == 0 else sessions[::-1]
-        pair = (_time(first, feeds), _time(second, feeds))
+        first, second = both if len(times) % 2 == 0 else both[::-1]
+        pair = (_time(first), _time(second))
         times.append(pair if len(times) % 2 == 0 else pair[::-1])
     ratios = sorted(after / before for before, after in times)
     quarter = len(ratios) // 4
@@ -53,7 +64,7 @@ def _goes_on(rounds: int, spent: float, seconds: float) -> bool:
     return rounds < fewest or (rounds < most and spent < seconds)
 
 
-def _time(session: ort.InferenceSession, feeds: Feeds) -> float:
+def _time(run: Callable[[], object]) -> float:
     started = time.perf_counter()
-    session.run(None, feeds)
+    run()
     return time.perf_counter() - started

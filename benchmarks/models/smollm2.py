@@ -9,7 +9,7 @@ Output `logits`: float32 [batch, sequence, 49152].
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from benchmarks.models import smollm2_checkpoint as checkpoint
 from benchmarks.models.boolq import passages
 from benchmarks.packages import SMOLLM2
 from benchmarks.runtime import Array, Feeds, ModelSource, open_session
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 Variant = Literal["raw", "folded"]
 
@@ -99,19 +102,28 @@ def _checkpoint_path(cache_dir: Path | None) -> Path:
     return package_file(SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf", cache_dir)
 
 
-def _export(path: Path, variant: Variant, cache_dir: Path | None) -> None:
+def module(
+    variant: Variant = "raw", attention: str = "sdpa", cache_dir: Path | None = None
+) -> "LlamaForCausalLM":
+    """Return a variant as transformers runs it (needs `gguf`, `torch`, `transformers`)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from benchmarks.models.torch_export import export
 
     weights = checkpoint.load_weights(_checkpoint_path(cache_dir))
     if variant == "folded":
         weights = checkpoint.fold(weights)
-    model = LlamaForCausalLM(LlamaConfig(**checkpoint.load_config()))
+    config = LlamaConfig(**checkpoint.load_config(), attn_implementation=attention)
+    model = LlamaForCausalLM(config).eval()
     tensors = {name: torch.from_numpy(values) for name, values in weights.items()}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
+    return model
+
+
+def _export(path: Path, variant: Variant, cache_dir: Path | None) -> None:
+    from benchmarks.models.torch_export import export
+
+    model = module(variant, cache_dir=cache_dir)
     export(
         model,
         path,

@@ -18,6 +18,11 @@ _CORE = (
     "rich",
 )
 _EXTRAS = {
+    "torch": ("qcompile export; graphs as PyTorch programs", "pip install 'qcompiler[torch]'"),
+    "transformers": ("exporting Hugging Face models", "pip install 'qcompiler[transformers]'"),
+    "gguf": ("exporting .gguf checkpoints", "pip install 'qcompiler[gguf]'"),
+    "tokenizers": ("calibration from texts", "pip install 'qcompiler[text]'"),
+    "pillow": ("calibration from images", "pip install 'qcompiler[images]'"),
     "onnx-graphsurgeon": ("user passes on GraphSurgeon graphs", "pip install 'qcompiler[surgeon]'"),
     "onnxruntime-gpu": ("running models on an NVIDIA GPU", "pip install onnxruntime-gpu"),
 }

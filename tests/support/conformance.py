@@ -4,7 +4,7 @@ python -m tests.support.conformance            all of them, counted
 python -m tests.support.conformance Softmax    those whose last node is a Softmax, one by one
 """
 
-import sys
+import argparse
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.case.test_case import TestCase as NodeTest
 
@@ -79,14 +80,14 @@ def op_of(case: NodeTest) -> str:
     return case.model.graph.node[-1].op_type if case.model.graph.node else ""
 
 
-def run_case(case: NodeTest) -> Outcome:
-    """Run a test on the CPU and compare with the answers it comes with."""
+def run_case(case: NodeTest, device: str = "cpu") -> Outcome:
+    """Run a test and compare with the answers it comes with."""
     op = op_of(case)
     if reason := _why_out_of_scope(case, op):
         return Outcome(case.name, op, Verdict.OUT_OF_SCOPE, reason)
     assert case.model is not None
     try:
-        program = Program.from_subgraph(ir.from_proto(case.model))
+        program = Program.from_subgraph(ir.from_proto(case.model), device=device)
         for inputs, expected in case.data_sets or ():
             feeds = dict(zip(program.input_names, map(_as_feed, inputs), strict=True))
             results = program(feeds)
@@ -178,22 +179,48 @@ def _comparable(array: Any) -> Any:
     return array.astype(np.float32) if small or array.dtype == np.float16 else array
 
 
-def outcomes(op_types: Sequence[str] = ()) -> Iterator[Outcome]:
+def outcomes(op_types: Sequence[str] = (), device: str = "cpu") -> Iterator[Outcome]:
     """Yield the outcome of every test, or of those about some ops."""
     for case in node_tests():
         if not op_types or op_of(case) in op_types:
-            yield run_case(case)
+            yield run_case(case, device)
+
+
+def as_markdown(found: Sequence[Outcome]) -> str:
+    """Return a table of verdicts by op, and every test that did not pass with its reason."""
+    verdicts = list(Verdict)
+    counts = Counter(outcome.verdict for outcome in found)
+    lines = [_row(["", *verdicts]), _row(["---", *["---:"] * len(verdicts)])]
+    lines.append(_row(["all", *(str(counts[verdict]) for verdict in verdicts)]))
+    for op in sorted({outcome.op for outcome in found}):
+        counts = Counter(outcome.verdict for outcome in found if outcome.op == op)
+        lines.append(_row([op, *(str(counts[verdict] or "") for verdict in verdicts)]))
+    lines += ["", "## Not passed by PyTorch", ""]
+    lines += [f"- `{outcome}`" for outcome in found if outcome.verdict is not Verdict.PASSED]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Print outcomes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", help="op types")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    # The tests' tolerances are those of float32.
+    torch.backends.cudnn.allow_tf32 = False
     counts: Counter[str] = Counter()
-    for outcome in outcomes(sys.argv[1:]):
+    for outcome in outcomes(arguments.ops, arguments.device):
         counts[outcome.verdict] += 1
-        if outcome.verdict in (Verdict.WRONG, Verdict.FAILED) or sys.argv[1:]:
+        if outcome.verdict in (Verdict.WRONG, Verdict.FAILED) or arguments.ops:
             print(outcome)  # noqa: T201
-    print(dict(counts))  # noqa: T201
+    print({str(verdict): count for verdict, count in counts.items()})  # noqa: T201
 
 
 if __name__ == "__main__":
