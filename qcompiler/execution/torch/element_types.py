@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +116,12 @@ def to_torch(array: Array) -> torch.Tensor:
             bits = np.int16 if _BITS[stored] is torch.int16 else np.uint8
             return torch.from_numpy(contiguous.view(bits)).view(stored)
         return torch.from_numpy(contiguous)
+
+
+def texts_of(tensor: ir.TensorProtocol) -> Array:
+    """Return a string tensor as an object array of `str`."""
+    texts = [each.decode() for each in cast(ir.StringTensor, tensor).string_data()]
+    return np.array(texts, dtype=object).reshape(tensor.shape.numpy())
 
 
 def to_numpy(value: Value, dtype: ir.DataType | None = None) -> Any:

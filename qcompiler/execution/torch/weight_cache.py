@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import torch
 
-from qcompiler.execution.torch.element_types import ElementTypes, Value, to_torch
+from qcompiler.execution.torch.element_types import ElementTypes, Value, texts_of, to_torch
 from qcompiler.ir.dataflow import constant_of
 from qcompiler.ir.weights import read_all
 
@@ -60,7 +60,7 @@ class WeightCache:
         stored = constant_of(value)
         assert stored is not None  # plans ask for constants only
         if stored.dtype is ir.DataType.STRING:
-            return stored.numpy()
+            return texts_of(stored)
         tensor = self._elements.convert(to_torch(read_all(stored)), stored.dtype)
         small = stored.dtype in _INDEX_TYPES and tensor.numel() <= _SMALL
         return tensor if small or value in self._host else tensor.to(self._device)
