@@ -22,7 +22,7 @@ from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.case.test_case import TestCase as NodeTest
 
 from qcompiler.execution.torch import Program
-from qcompiler.execution.torch.element_types import to_numpy, to_torch
+from qcompiler.execution.torch.element_types import STORAGE, to_numpy, to_torch
 
 
 class Verdict(StrEnum):
@@ -144,7 +144,10 @@ def _first_difference(
     assert case.model is not None
     model = ir.from_proto(case.model)
     for value, wanted in zip(model.graph.outputs, expected, strict=True):
-        got = to_numpy(results[str(value.name)], value.dtype)
+        result = results[str(value.name)]
+        if isinstance(result, torch.Tensor) and result.dtype != STORAGE[value.dtype]:
+            return f"{value.name}: type {result.dtype}, expected {value.dtype}"
+        got = to_numpy(result, value.dtype)
         complaint = _difference(got, wanted, case.rtol, case.atol)
         if complaint:
             return f"{value.name}: {complaint}"

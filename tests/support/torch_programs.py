@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from qcompiler.execution.torch import Program
-from qcompiler.execution.torch.element_types import to_numpy
+from qcompiler.execution.torch.element_types import STORAGE, to_numpy
 from tests.support.graphs import Array, build
 from tests.support.parity import run_model
 
@@ -32,6 +32,10 @@ def run_program(
     assert not program.outside_torch
     results = program(feeds)
     declared = {str(value.name): value.dtype for value in model.graph.outputs}
+    for name, result in results.items():
+        # An array would be converted in silence.
+        dtype = declared[name]
+        assert not isinstance(result, torch.Tensor) or not dtype or result.dtype == STORAGE[dtype]
     return {name: to_numpy(result, declared[name]) for name, result in results.items()}
 
 
