@@ -61,6 +61,10 @@ class WeightCache:
         assert stored is not None  # plans ask for constants only
         if stored.dtype is ir.DataType.STRING:
             return texts_of(stored)
-        tensor = self._elements.convert(to_torch(read_all(stored)), stored.dtype)
+        tensor = to_torch(read_all(stored))
+        if value in self._host:
+            # Scales of a Resize are numbers, not values: the program's float type is not theirs.
+            return tensor
+        tensor = self._elements.convert(tensor, stored.dtype)
         small = stored.dtype in _INDEX_TYPES and tensor.numel() <= _SMALL
-        return tensor if small or value in self._host else tensor.to(self._device)
+        return tensor if small else tensor.to(self._device)
