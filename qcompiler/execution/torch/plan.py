@@ -33,6 +33,8 @@ class Step:
         weights: Slots among `inputs` that are constants.
         bodies: Plans of its bodies by attribute name, with the outer slots they capture.
         host: Positions of inputs that stay on the CPU.
+        moves: Positions of inputs that another device needs, with that device; None until the
+            step first ran. The ops decide where a value is, so it is the same in every run.
     """
 
     call: Call
@@ -42,6 +44,7 @@ class Step:
     weights: tuple[tuple[int, ir.Value], ...]
     bodies: tuple[tuple[str, "Plan", tuple[int, ...]], ...]
     host: frozenset[int]
+    moves: tuple[tuple[int, torch.device], ...] | None = None
 
     @property
     def reads(self) -> Iterable[int]:
@@ -205,9 +208,13 @@ class Plan:
     def _run_step(
         self, step: Step, frame: list[Value], weights: Callable[[ir.Value], Value]
     ) -> None:
-        arguments: Sequence[Value] = [frame[slot] for slot in step.inputs]
-        if self._machine.device.type != "cpu":
-            arguments = _placed(arguments, step.host, self._machine.device)
+        arguments = [frame[slot] for slot in step.inputs]
+        if step.moves is None:
+            step.moves = _moves(arguments, step.host, self._machine.device)
+        for position, device in step.moves:
+            tensor = arguments[position]
+            assert isinstance(tensor, torch.Tensor)
+            arguments[position] = tensor.to(device)
         if step.bodies:
             bodies = {
                 name: partial(_run_body, plan, [frame[slot] for slot in captured], weights)
@@ -298,23 +305,19 @@ def _prune(steps: Sequence[Step], wanted: frozenset[int], given: frozenset[int])
     return [(step, tuple(done.get(id(step), ()))) for step in kept]
 
 
-def _placed(
+def _moves(
     arguments: Sequence[Value], host: frozenset[int], device: torch.device
-) -> Sequence[Value]:
-    """Return arguments on one device, those that are read as numbers on the CPU.
+) -> tuple[tuple[int, torch.device], ...]:
+    """Return which arguments a node needs elsewhere, and where.
 
-    A node that only has values of the CPU stays there: arithmetic on shapes.
+    What is read as numbers goes to the CPU. A node that only has values of the CPU besides stays
+    there: arithmetic on shapes.
     """
-    tensors = [
-        each
-        for position, each in enumerate(arguments)
-        if position not in host and isinstance(each, torch.Tensor)
-    ]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        place = torch.device("cpu")
-    else:
-        place = device
-    return [
-        each.to("cpu" if position in host else place) if isinstance(each, torch.Tensor) else each
-        for position, each in enumerate(arguments)
-    ]
+    cpu = torch.device("cpu")
+    tensors = {at: each for at, each in enumerate(arguments) if isinstance(each, torch.Tensor)}
+    data = [tensor for at, tensor in tensors.items() if at not in host]
+    place = device if any(tensor.device.type != "cpu" for tensor in data) else cpu
+    wanted = {at: cpu if at in host else place for at in tensors}
+    return tuple(
+        (at, wanted[at]) for at, each in tensors.items() if each.device.type != wanted[at].type
+    )

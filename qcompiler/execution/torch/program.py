@@ -164,7 +164,7 @@ class Program:
         for name, new in (replace or {}).items():
             slot = _known(self._slots, name, "value")
             if isinstance(new, torch.Tensor):
-                arguments[slot] = new
+                arguments[slot] = new.to(self._plan.device) if new.is_floating_point() else new
             elif slot in arguments:
                 given = arguments[slot]
                 assert isinstance(given, torch.Tensor)

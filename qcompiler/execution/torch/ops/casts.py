@@ -83,7 +83,9 @@ def _cast(call: Call, x: Tensor | Array, target: ir.DataType) -> Tensor | Array:
 
 def _converted(call: Call, x: Tensor, target: ir.DataType) -> Tensor:
     """Return x in a type narrower than the model's: finite floats stay finite."""
-    return call.elements.convert(x, target) if x.is_floating_point() else x.to(STORAGE[target])
+    if x.is_floating_point():
+        return call.elements.convert(x, target)
+    return x.to(call.elements.of(target))
 
 
 def _require_storage(call: Call, target: ir.DataType) -> None:
