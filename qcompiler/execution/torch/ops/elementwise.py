@@ -11,6 +11,7 @@ from torch import Tensor
 from qcompiler.execution.torch.call import Call
 from qcompiler.execution.torch.element_types import Array
 from qcompiler.execution.torch.op_table import OpTable
+from qcompiler.execution.torch.ops.moving import moves_elements
 
 TABLE = OpTable()
 Unary = Callable[[Tensor], Tensor]
@@ -115,9 +116,14 @@ TABLE.op("Equal", all_types=True)(partial(_run_aligned, equal))
 TABLE.op("Equal", since=7, all_types=True)(partial(_run_binary, equal))
 TABLE.op("GreaterOrEqual", since=12)(partial(_run_binary, torch.ge))
 TABLE.op("LessOrEqual", since=12)(partial(_run_binary, torch.le))
-TABLE.op("BitwiseAnd", since=18, all_types=True)(partial(_run_binary, torch.bitwise_and))
-TABLE.op("BitwiseOr", since=18, all_types=True)(partial(_run_binary, torch.bitwise_or))
-TABLE.op("BitwiseXor", since=18, all_types=True)(partial(_run_binary, torch.bitwise_xor))
+for _name, _binary in {
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
+}.items():
+    # Bits are bits: unsigned integers, for which CUDA has no kernels, count as signed ones.
+    _on_bits = moves_elements()(partial(_run_binary, _binary))
+    TABLE.op(_name, since=18, all_types=True)(_on_bits)
 
 
 @TABLE.op("Mod", since=10)
