@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.ir.byte_codes import CodedMatrix, coded_matrix, tensor_of
-from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op
+from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op, only_reader
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.quant.scheme import Activations
 
@@ -162,16 +162,11 @@ def _feeds_clipping(node: ir.Node) -> bool:
     also behind the Add that makes a Gemm of a MatMul on matrices; no other activation does.
     """
     result = node.outputs[0]
-    reader = _only_reader(result)
+    reader = only_reader(result)
     data = node.inputs[0]
     on_matrices = data is None or data.shape is None or len(data.shape) == 2
     if is_op(node, "MatMul") and on_matrices and is_op(reader, "Add") and reader is not None:
-        reader = _only_reader(reader.outputs[0])
+        reader = only_reader(reader.outputs[0])
     if reader is None or not is_op(reader, "Relu", "Clip"):
         return False
     return not reader.outputs[0].is_graph_output()
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

@@ -101,6 +101,12 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """Return the node that alone reads a value, once; None if it is an output of the graph too."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
 def captured_values(node: ir.Node) -> list[ir.Value]:
     """Return the values that the bodies of a node read from outside them, in order, once each."""
     found: dict[ir.Value, None] = {}

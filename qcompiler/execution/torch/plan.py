@@ -3,59 +3,22 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import onnx_ir as ir
 import torch
 
 from qcompiler.execution.torch.call import Call
 from qcompiler.execution.torch.element_types import SCARCE, ElementTypes, Value
+from qcompiler.execution.torch.fusions import Fusions
 from qcompiler.execution.torch.op_table import Op, OpIndex
 from qcompiler.execution.torch.outside_torch import OutsideTorch
+from qcompiler.execution.torch.steps import NOTHING, Schedule, Step, needed_steps
 from qcompiler.ir.dataflow import captured_values, constant_of, standard_domain
 
-_NOTHING: Final = -1
-"""Slot of an absent input: the last one of every frame, which is always None."""
 _ELSEWHERE: Final = SCARCE | {ir.DataType.STRING}
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(slots=True)
-class Step:
-    """One node, ready to run.
-
-    Attributes:
-        call: What its function is told.
-        function: What runs it.
-        inputs: Slots it reads.
-        outputs: Slots it writes; `_NOTHING` for an absent one.
-        weights: Slots among `inputs` that are constants.
-        bodies: Plans of its bodies by attribute name, with the outer slots they capture.
-        host: Positions of inputs that stay on the CPU.
-        moves: Positions of inputs that another device needs, with that device; None until the
-            step first ran. The ops decide where a value is, so it is the same in every run.
-    """
-
-    call: Call
-    function: Callable[..., Any]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    weights: tuple[tuple[int, ir.Value], ...]
-    bodies: tuple[tuple[str, "Plan", tuple[int, ...]], ...]
-    host: frozenset[int]
-    moves: tuple[tuple[int, torch.device], ...] | None = None
-
-    @property
-    def reads(self) -> Iterable[int]:
-        """Slots that have to be there before the step runs."""
-        yield from (slot for slot in self.inputs if slot != _NOTHING)
-        for _, _, captured in self.bodies:
-            yield from captured
-
-
-Schedule = list[tuple[Step, tuple[int, ...]]]
-"""Steps in order, each with the slots that nobody reads any more after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +58,8 @@ class Plan:
         inputs: Sequence[ir.Value],
         outputs: Sequence[ir.Value],
         machine: Machine,
+        *,
+        is_body: bool = False,
     ) -> None:
         """Compile nodes.
 
@@ -103,6 +68,7 @@ class Plan:
             inputs: Values that are given when the plan runs.
             outputs: Values that are asked for.
             machine: What all plans of the program share.
+            is_body: Whether this is the body of a node; nothing is fused there.
 
         Raises:
             ModelError: An op that nothing here can run.
@@ -119,6 +85,7 @@ class Plan:
             for value in outputs
             if constant_of(value) is not None and value not in inputs
         ]
+        self._fusions = Fusions([] if is_body else self.steps, self.slots)
         self._schedules: dict[object, Schedule] = {}
 
     @property
@@ -148,17 +115,26 @@ class Plan:
         for step in self.steps:
             positions = {slot: position for position, slot in enumerate(step.inputs)}
             for slot, value in step.weights:
-                is_host = positions.get(slot, _NOTHING) in step.host
+                is_host = positions.get(slot, NOTHING) in step.host
                 kinds[value] = kinds.get(value, True) and is_host
             for _, body, _ in step.bodies:
                 yield from body.host_weights()
         yield from (value for value, is_host in kinds.items() if is_host)
 
-    def schedule(self, wanted: Iterable[int], given: Iterable[int]) -> Schedule:
-        """Return the steps that compute some slots from others, with what each may forget."""
-        key = (frozenset(wanted), frozenset(given))
+    def schedule(
+        self, wanted: Iterable[int], given: Iterable[int], changed: Iterable[int] = ()
+    ) -> Schedule:
+        """Return the steps that compute some slots from others, with what each may forget.
+
+        Args:
+            wanted: Slots to compute.
+            given: Slots that are there before the first step.
+            changed: Slots of which the value, or the constant, will be another one.
+        """
+        key = (frozenset(wanted), frozenset(given), frozenset(changed))
         if key not in self._schedules:
-            self._schedules[key] = _prune(self.steps, *key)
+            steps = self._fusions.applied(self.steps, key[0] | key[1] | key[2])
+            self._schedules[key] = needed_steps(steps, key[0], key[1])
         return self._schedules[key]
 
     def run(
@@ -226,7 +202,7 @@ class Plan:
         if type(result) is tuple:
             for slot, value in zip(step.outputs, result, strict=False):
                 frame[slot] = value
-            frame[_NOTHING] = None
+            frame[NOTHING] = None
         elif step.outputs:
             frame[step.outputs[0]] = result
 
@@ -240,7 +216,7 @@ class Plan:
         row = _row_for(node, machine.index.find(node.domain, node.op_type, version))
         function = row.function if row is not None else OutsideTorch(call, machine.opsets)
         inputs = tuple(
-            _NOTHING if value is None or not value.name else self._slot(value)
+            NOTHING if value is None or not value.name else self._slot(value)
             for value in node.inputs
         )
         bodies = tuple(self._bodies(node)) if row is not None else ()
@@ -249,7 +225,7 @@ class Plan:
             for value in node.inputs
             if value is not None and constant_of(value) is not None
         }
-        outputs = tuple(self._slot(value) if value.name else _NOTHING for value in node.outputs)
+        outputs = tuple(self._slot(value) if value.name else NOTHING for value in node.outputs)
         host = row.host if row is not None else frozenset(range(len(inputs)))
         return Step(call, function, inputs, outputs, tuple(weights.items()), bodies, host)
 
@@ -260,7 +236,8 @@ class Plan:
             if attribute.type is not ir.AttributeType.GRAPH:
                 continue
             body = attribute.as_graph()
-            plan = Plan(body, [*body.inputs, *captured], body.outputs, self._machine)
+            inputs = [*body.inputs, *captured]
+            plan = Plan(body, inputs, body.outputs, self._machine, is_body=True)
             yield attribute.name, plan, tuple(self._slot(value) for value in captured)
 
 
@@ -284,25 +261,6 @@ def _row_for(node: ir.Node, row: Op | None) -> Op | None:
 def _is_odd(node: ir.Node) -> bool:
     """Whether a Constant node is not known as a constant: its value is no plain tensor."""
     return constant_of(node.outputs[0]) is None
-
-
-def _prune(steps: Sequence[Step], wanted: frozenset[int], given: frozenset[int]) -> Schedule:
-    needed, kept = set(wanted - given), []
-    for step in reversed(steps):
-        if not needed.isdisjoint(step.outputs):
-            kept.append(step)
-            needed.update(slot for slot in step.reads if slot not in given)
-    kept.reverse()
-    last: dict[int, Step] = {}
-    for step in kept:
-        for slot in (*step.reads, *step.outputs):
-            if slot != _NOTHING:
-                last[slot] = step
-    done: dict[int, list[int]] = {}
-    for slot, step in last.items():
-        if slot not in wanted:
-            done.setdefault(id(step), []).append(slot)
-    return [(step, tuple(done.get(id(step), ()))) for step in kept]
 
 
 def _moves(

@@ -173,10 +173,11 @@ class Program:
                 changes[slot] = new
         kept = {_known(self._slots, name, "value"): name for name in capture}
         wanted = [*self._plan.outputs, *kept]
-        schedule = self._plan.schedule(wanted, arguments)
-        results = self._plan.run(
-            schedule, arguments, self._supply(weights), changes=changes, kept=kept
-        )
+        supply = self._supply(weights)
+        slots = self._plan.slots
+        live = [slots[v] for v in map(self._constants.get, weights or ()) if v in slots]
+        schedule = self._plan.schedule(wanted, arguments, [*changes, *live])
+        results = self._plan.run(schedule, arguments, supply, changes=changes, kept=kept)
         names = dict(zip(self._plan.outputs, self.output_names, strict=True))
         ordered = [(name, results[slot]) for slot, name in (names | kept).items()]
         return dict(ordered)  # type: ignore[arg-type]
