@@ -9,7 +9,7 @@ process of its own on the CPU, of PyTorch's allocator on CUDA. Without `--random
 by Program is compared with that by ONNX Runtime.
 
 `--random` takes weights of the same shapes from a seed, where the checkpoint cannot be had.
-Results go to benchmarks/results/torch_program-DEVICE.json.
+Results go to benchmarks/results/torch_program-DEVICE-DTYPE-bBATCH.json.
 """
 
 import argparse
@@ -262,7 +262,8 @@ def main() -> None:
         if not settings.random:
             content["perplexity"] = perplexities(settings, path)
     settings.results.mkdir(exist_ok=True)
-    output = settings.results / f"torch_program-{torch.device(settings.device).type}.json"
+    kind = f"{torch.device(settings.device).type}-{settings.dtype}".replace("torch.", "")
+    output = settings.results / f"torch_program-{kind}-b{settings.batch}.json"
     output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: content[key] for key in ("peak_bytes", "perplexity") if key in content}))
 
