@@ -44,10 +44,11 @@ Tensors = dict[str, torch.Tensor]
 
 def module_of(settings: argparse.Namespace, attention: str) -> LlamaForCausalLM:
     """Return SmolLM2 as transformers runs it, with random or released weights."""
-    torch.manual_seed(_SEED)
-    config = LlamaConfig(**load_config(), attn_implementation=attention)
-    module = LlamaForCausalLM(config).eval()
-    if not settings.random:
+    if settings.random:
+        torch.manual_seed(_SEED)
+        config = LlamaConfig(**load_config(), attn_implementation=attention)
+        module = LlamaForCausalLM(config).eval()
+    else:
         module = smollm2.module("raw", attention)
     return module.to(settings.device, settings.dtype)
 

@@ -1,5 +1,7 @@
 """Blocks: cut values by structure."""
 
+import onnx_ir as ir
+
 from qcompiler.ir.blocks import find_blocks, find_layers
 from tests.support.graphs import build, random_array
 
@@ -79,25 +81,23 @@ def test_a_model_without_sites_has_no_blocks() -> None:
     assert find_blocks(build("g (float[N] x) => (float[N] y) { y = Relu(x) }")) == []
 
 
-def test_what_follows_a_product_alone_goes_with_it() -> None:
+def _activated() -> ir.Model:
     text = """g (float[N, 4] x) => (float[N, 4] y) {
         a = MatMul(x, w0)
         b = Relu(a)
         c = Tanh(b)
         y = MatMul(c, w1)
     }"""
-    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(2)})
+    return build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(2)})
+
+
+def test_what_follows_a_product_alone_goes_with_it() -> None:
+    model = _activated()
     assert [block.output for block in find_blocks(model)] == ["c", None]
 
 
 def test_what_the_exporter_calls_another_module_does_not() -> None:
-    text = """g (float[N, 4] x) => (float[N, 4] y) {
-        a = MatMul(x, w0)
-        b = Relu(a)
-        c = Tanh(b)
-        y = MatMul(c, w1)
-    }"""
-    model = build(text, {f"w{i}": random_array(4, 4, seed=i) for i in range(2)})
+    model = _activated()
     for node, module in zip(model.graph, ("layer", "layer", "norm", "head"), strict=True):
         node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{module}']"
     assert [block.output for block in find_blocks(model)] == ["b", None]
