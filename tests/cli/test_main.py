@@ -284,9 +284,14 @@ def test_an_interrupted_run_leaves_nothing(which: signal.Signals, tmp_path: Path
     ir.save(build(text, weights), tmp_path / "m.onnx")
     before = sorted(tmp_path.iterdir())
     arguments = [str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out.onnx"), "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qcompiler.cli", *arguments], stderr=subprocess.PIPE, text=True
-    )
+    # Under nohup, or in the background of a script, this signal is ignored, and would stay so.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qcompiler.cli", *arguments], stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) == len(before) and time.monotonic() < deadline:
         time.sleep(0.01)  # until it has made its working folder
