@@ -53,7 +53,7 @@ def subgraph_between(
         raise UsageError(message, where=", ".join(str(value.name) for value in ends))
     others = [value for value in graph.inputs if value in read and value not in starts]
     nodes = tuple(node for node in graph if node in needed)
-    return Subgraph(nodes, (*starts, *others), tuple(ends))
+    return Subgraph(nodes, (*starts, *others), tuple(dict.fromkeys(ends)))
 
 
 def _values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -8,6 +8,7 @@ numbers differ by rounding only.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,9 @@ from torch.nn import functional
 from qcompiler.execution.torch.call import Call
 from qcompiler.execution.torch.steps import Step
 from qcompiler.ir.dataflow import constant_of, int_attribute, ints_attribute, is_op, only_reader
+
+_ONE_AXIS: Final = 13
+"""Opset from which Softmax works on one axis, by default the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,10 @@ class Fusions:
         if query is None or key is None or query[2] != key[2]:
             return
         guarded = [guard.outputs[0], probabilities]
+        first = self._steps[softmax].call.version >= _ONE_AXIS
         exact = (
             sorted(map(id, readers)) == sorted(map(id, (guard, chosen)))
-            and int_attribute(softmax, "axis", -1) in (-1, 3)
+            and int_attribute(softmax, "axis", -1 if first else 1) in (-1, 3)
             and [chosen.inputs[0], chosen.inputs[2]] == guarded
             and _number(chosen.inputs[1]) == 0
             and mixed.inputs[0] is chosen.outputs[0]
@@ -151,14 +156,21 @@ class Fusions:
 
 def _rms_norm(eps: float, _call: Call, x: Tensor, gamma: Tensor | None = None) -> Tensor:
     """Return the RMS normalization over the last axis."""
-    return functional.rms_norm(x, x.shape[-1:], gamma, eps)
+    if gamma is None or (gamma.shape == x.shape[-1:] and gamma.dtype == x.dtype):
+        return functional.rms_norm(x, x.shape[-1:], gamma, eps)
+    return functional.rms_norm(x, x.shape[-1:], None, eps) * gamma
 
 
 def _attend(scale: float, _call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Return attention of [B, H, L, E] on keys [B, H, E, S], with a mask that is added.
 
-    A query that sees no key gets zeros, as from the guarded form.
+    A query that sees no key gets zeros, as from the guarded form. (One that holds inf or NaN
+    itself gets NaN here and zeros there.)
     """
+    together = zip(q.shape[:2], k.shape[:2], mask.shape[:2], strict=True)
+    wanted = [0 if 0 in sizes else max(sizes) for sizes in together]
+    if list(q.shape[:2]) != wanted:
+        q = q.expand(*wanted, *q.shape[2:])
     keys = k.transpose(-1, -2)
     return functional.scaled_dot_product_attention(q, keys, v, attn_mask=mask, scale=scale)
 

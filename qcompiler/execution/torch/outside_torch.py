@@ -183,10 +183,21 @@ class _Fence(torch.autograd.Function):
         raise context.error
 
 
+def _has_live_codes(call: Call, sources: Sequence[Tensor]) -> bool:
+    """Whether a gradient is wanted to an input that the model declares as integers."""
+    declared = [call.input_type(index) for index in range(len(call.node.inputs))]
+    return bool(sources) and any(kind is not None and kind.is_integer() for kind in declared)
+
+
 def _fenced(call: Call, value: Value, sources: Sequence[Tensor]) -> Value:
     if isinstance(value, list):
         return [_fenced(call, each, sources) for each in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        if value.dtype != torch.bool and _has_live_codes(call, sources):
+            reason = "it runs outside of PyTorch, and its inputs are codes that carry gradients"
+            raise call.refuse(reason)
         return value
     reason = "it runs outside of PyTorch, where no gradient passes, and one has to cross it"
     fenced: Tensor = _Fence.apply(call.refuse(reason), value, *sources)  # type: ignore[no-untyped-call]

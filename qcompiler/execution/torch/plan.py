@@ -110,16 +110,22 @@ class Plan:
         yield from (value for _, value in self._loose_weights)
 
     def host_weights(self) -> Iterable[ir.Value]:
-        """Yield constants that every reader reads as Python numbers."""
+        """Yield constants that every reader, in bodies too, reads as Python numbers."""
         kinds: dict[ir.Value, bool] = {}
-        for step in self.steps:
-            positions = {slot: position for position, slot in enumerate(step.inputs)}
-            for slot, value in step.weights:
-                is_host = positions.get(slot, NOTHING) in step.host
-                kinds[value] = kinds.get(value, True) and is_host
-            for _, body, _ in step.bodies:
-                yield from body.host_weights()
+        for value, is_host in self._weight_uses():
+            kinds[value] = kinds.get(value, True) and is_host
         yield from (value for value, is_host in kinds.items() if is_host)
+
+    def _weight_uses(self) -> Iterable[tuple[ir.Value, bool]]:
+        """Yield every constant that is read, and whether as Python numbers."""
+        for step in self.steps:
+            values = dict(step.weights)
+            for position, slot in enumerate(step.inputs):
+                if slot in values:
+                    yield values[slot], position in step.host
+            for _, body, _ in step.bodies:
+                yield from body._weight_uses()
+        yield from ((value, False) for _, value in self._loose_weights)
 
     def schedule(
         self, wanted: Iterable[int], given: Iterable[int], changed: Iterable[int] = ()
@@ -168,13 +174,8 @@ class Plan:
                 if slot not in arguments:
                     frame[slot] = weights(weight)
             self._run_step(step, frame, weights)
-            for slot in step.outputs:
-                if changes and slot in changes:
-                    value = frame[slot]
-                    assert isinstance(value, torch.Tensor)
-                    frame[slot] = changes[slot](value)
-                if slot in wanted:
-                    results[slot] = frame[slot]
+            _settle(step, frame, arguments, changes or {})
+            results.update((slot, frame[slot]) for slot in step.outputs if slot in wanted)
             for slot in done:
                 frame[slot] = None
         for slot, weight in self._loose_weights:
@@ -239,6 +240,22 @@ class Plan:
             inputs = [*body.inputs, *captured]
             plan = Plan(body, inputs, body.outputs, self._machine, is_body=True)
             yield attribute.name, plan, tuple(self._slot(value) for value in captured)
+
+
+def _settle(
+    step: Step, frame: list[Value], arguments: Mapping[int, Value], changes: Mapping[int, Change]
+) -> None:
+    """Put in place of a step's results what the caller wants there."""
+    for slot in step.outputs:
+        if slot in arguments:
+            # Another output of the node was asked for; what was given stays.
+            frame[slot] = arguments[slot]
+        elif slot in changes:
+            value = frame[slot]
+            if not isinstance(value, torch.Tensor):
+                reason = "only a tensor can be replaced by a function of it"
+                raise step.call.refuse(reason)
+            frame[slot] = changes[slot](value)
 
 
 def _run_body(

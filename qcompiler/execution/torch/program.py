@@ -19,6 +19,7 @@ from qcompiler.execution.torch.plan import Change, Machine, Plan
 from qcompiler.execution.torch.weight_cache import WeightCache
 from qcompiler.ir.dataflow import all_graphs, constant_of, node_label
 from qcompiler.ir.subgraph import Subgraph, subgraph_between
+from qcompiler.ir.weights import read_all
 
 Feeds = Mapping[str, torch.Tensor | Array | list[torch.Tensor] | None]
 Replacement = torch.Tensor | Change
@@ -51,7 +52,9 @@ class Program:
         self._weights = weights
         self._elements = elements
         self._constants = {str(value.name): value for value in plan.weights() if value.name}
-        constants = set(self._constants.values())
+        constants = set(plan.weights())
+        names = [value.name for value in constants]
+        self._ambiguous = frozenset(name for name in self._constants if names.count(name) > 1)
         self._slots = {
             str(value.name): slot
             for value, slot in plan.slots.items()
@@ -123,9 +126,9 @@ class Program:
         Elements of 4 and 2 bits take one int8 or uint8 each.
 
         Raises:
-            UsageError: The program reads no constant of this name.
+            UsageError: The program reads no constant of this name, or several in its bodies.
         """
-        tensor = self._weights.get(_known(self._constants, name, "constant"))
+        tensor = self._weights.get(self._constant(name))
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
@@ -167,7 +170,9 @@ class Program:
                 arguments[slot] = new.to(self._plan.device) if new.is_floating_point() else new
             elif slot in arguments:
                 given = arguments[slot]
-                assert isinstance(given, torch.Tensor)
+                if not isinstance(given, torch.Tensor):
+                    message = "only a tensor can be replaced by a function of it"
+                    raise UsageError(message, where=name)
                 arguments[slot] = new(given)
             else:
                 changes[slot] = new
@@ -182,10 +187,16 @@ class Program:
         ordered = [(name, results[slot]) for slot, name in (names | kept).items()]
         return dict(ordered)  # type: ignore[arg-type]
 
+    def _constant(self, name: str) -> ir.Value:
+        if name in self._ambiguous:
+            message = "several constants, in different bodies, have this name"
+            raise UsageError(message, where=name, hint="rename them in the model")
+        return _known(self._constants, name, "constant")
+
     def _supply(self, weights: Mapping[str, torch.Tensor] | None) -> Callable[[ir.Value], Value]:
         if not weights:
             return self._weights.get
-        live = {_known(self._constants, name, "constant"): weights[name] for name in weights}
+        live = {self._constant(name): weights[name] for name in weights}
 
         def supply(value: ir.Value) -> Value:
             tensor = live.get(value)
@@ -194,6 +205,12 @@ class Program:
         return supply
 
     def _arguments(self, feeds: Feeds) -> dict[int, Value]:
+        defaults = {
+            name: to_torch(read_all(value.const_value))
+            for name, value in self._inputs.items()
+            if name not in feeds and value.const_value is not None
+        }
+        feeds = defaults | dict(feeds)
         missing = [name for name in self._inputs if name not in feeds]
         unknown = [name for name in feeds if name not in self._inputs]
         if missing or unknown:
@@ -209,8 +226,10 @@ class Program:
     def _fed(
         self, value: ir.Value, given: torch.Tensor | Array | list[torch.Tensor] | None
     ) -> Value:
-        if given is None or isinstance(given, list) or value.dtype is ir.DataType.STRING:
+        if given is None or value.dtype is ir.DataType.STRING:
             return given
+        if isinstance(given, list):
+            return [self._fed(value, each) for each in given]
         tensor = given if isinstance(given, torch.Tensor) else to_torch(given)
         if value.dtype is not None and tensor.dtype != (wanted := self._elements.of(value.dtype)):
             if not tensor.is_floating_point() or not wanted.is_floating_point:

@@ -54,7 +54,10 @@ Schedule = list[tuple[Step, tuple[int, ...]]]
 
 
 def needed_steps(steps: Sequence[Step], wanted: frozenset[int], given: frozenset[int]) -> Schedule:
-    """Return the steps that compute some slots from others."""
+    """Return the steps that compute some slots from others.
+
+    Constants are forgotten after every step: whoever reads one next asks for it again.
+    """
     needed, kept = set(wanted - given), []
     for step in reversed(steps):
         if not needed.isdisjoint(step.outputs):
@@ -62,12 +65,14 @@ def needed_steps(steps: Sequence[Step], wanted: frozenset[int], given: frozenset
             needed.update(slot for slot in step.reads if slot not in given)
     kept.reverse()
     last: dict[int, Step] = {}
-    for step in kept:
-        for slot in (*step.reads, *step.outputs):
-            if slot != NOTHING:
-                last[slot] = step
     done: dict[int, list[int]] = {}
+    for step in kept:
+        constants = {slot for slot, _ in step.weights if slot not in given}
+        done[id(step)] = sorted(constants)
+        for slot in (*step.reads, *step.outputs):
+            if slot != NOTHING and slot not in constants:
+                last[slot] = step
     for slot, step in last.items():
         if slot not in wanted:
-            done.setdefault(id(step), []).append(slot)
-    return [(step, tuple(done.get(id(step), ()))) for step in kept]
+            done[id(step)].append(slot)
+    return [(step, tuple(done[id(step)])) for step in kept]

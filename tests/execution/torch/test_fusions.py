@@ -148,3 +148,28 @@ def test_gradients_are_those_of_the_single_steps() -> None:
     result = program(feeds, capture=["p"])["y"]
     single = torch.autograd.grad(result.square().sum(), list(live.values()))
     torch.testing.assert_close(fused, single, rtol=1e-4, atol=1e-5)
+
+
+def test_a_softmax_on_all_later_axes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = {"scale": np.array(0.7, np.float32), "zero": np.array(0, np.float32)}
+    old = _inferred(build(_ATTENTION.replace("<axis = -1>", ""), constants, opset=11))
+    ran = _runs(monkeypatch)
+    _agrees(old, _feeds() | {"mask": np.zeros((2, 1, 3, 5), np.float32)})
+    assert len(ran) == 8
+
+
+def test_a_mask_may_be_of_more_batches() -> None:
+    feeds = {name: array[:1] for name, array in _feeds().items()}
+    feeds["mask"] = np.zeros((3, 1, 3, 5), np.float32)
+    program = Program.from_subgraph(_attention())
+    single = program(feeds, capture=["p"])["y"]
+    assert single.shape == (3, 2, 3, 4)
+    torch.testing.assert_close(program(feeds)["y"], single)
+
+
+def test_gamma_may_be_live_and_of_another_shape() -> None:
+    program = Program.from_subgraph(_norm())
+    feeds = {"x": random_array(2, 3, 8)}
+    gamma = program.weight("gamma").double().reshape(1, 1, 8).requires_grad_()
+    result = program(feeds, weights={"gamma": gamma})["y"]
+    torch.testing.assert_close(result.float(), program(feeds)["y"])

@@ -1,5 +1,6 @@
 """Graphs as PyTorch programs: what goes in, what comes out, and what is held in between."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,90 @@ def test_outer_weights_and_values_reach_bodies() -> None:
     (to_w,) = torch.autograd.grad(result.sum(), [w])
     assert to_w.tolist() == [[-1, -1], [-1, -1]]
     assert program({"c": torch.tensor(False), "x": x})["y"].tolist() == [[-1, -1]]
+
+
+_SPLIT = """g (float[4] x) => (float[2] y) {
+    a, b = Split<num_outputs = 2>(x)
+    y = Add(a, b)
+}"""
+
+
+def test_what_is_given_stays_though_its_node_runs_for_another_output() -> None:
+    model = build(_SPLIT)
+    x, given = np.arange(4, dtype=np.float32), torch.full((2,), 100.0)
+    program = Program.from_subgraph(model)
+    assert program({"x": x}, replace={"a": given})["y"].tolist() == [102, 103]
+    assert program({"x": x}, replace={"a": lambda a: a * 0 + 100})["y"].tolist() == [102, 103]
+    cut = Program.from_subgraph(model, ["a"])
+    assert cut({"x": x, "a": given})["y"].tolist() == [102, 103]
+
+
+def test_a_streamed_weight_is_not_held_for_its_next_reader() -> None:
+    text = """g (float[N, 4] x) => (float[N, 4] y) {
+        a = MatMul(x, w)
+        b = Relu(a)
+        y = MatMul(b, w)
+    }"""
+    program = Program.from_subgraph(build(text, {"w": random_array(4, 4)}), keep_weights=False)
+    loaded: list[weakref.ref[torch.Tensor]] = []
+    load = program._weights.get
+
+    def watched(value: ir.Value) -> Any:
+        tensor = load(value)
+        assert isinstance(tensor, torch.Tensor)
+        loaded.append(weakref.ref(tensor))
+        return tensor
+
+    program._weights.get = watched  # type: ignore[method-assign]
+    alive: list[bool] = []
+
+    def look(b: torch.Tensor) -> torch.Tensor:
+        alive.append(loaded[0]() is not None)
+        return b
+
+    program({"x": random_array(2, 4)}, replace={"b": look})
+    assert (len(loaded), alive) == (2, [False])
+
+
+def test_constants_of_one_name_in_two_bodies_are_ambiguous() -> None:
+    text = """g (bool c, float[2] x) => (float[2] y) {
+        y = If(c) <
+            then_branch = t () => (float[2] p) { p = Mul(x, w) },
+            else_branch = e () => (float[2] q) { q = Mul(x, w) }
+        >
+    }"""
+    two, three = np.array([2, 2], np.float32), np.array([3, 3], np.float32)
+    program = Program.from_subgraph(build(text, {"t/w": two, "e/w": three}))
+    feeds = {"c": torch.tensor(True), "x": torch.ones(2)}
+    assert program(feeds)["y"].tolist() == [2, 2]
+    with pytest.raises(UsageError, match="several constants, in different bodies"):
+        program(feeds, weights={"w": torch.ones(2)})
+    with pytest.raises(UsageError, match="several constants, in different bodies"):
+        program.weight("w")
+
+
+def test_an_input_with_a_default_may_be_left_out() -> None:
+    model = build("g (float[2] x) => (float[2] y) { y = Mul(x, w) }", {"w": np.ones(2, np.float32)})
+    weight = model.graph.initializers["w"]
+    model.graph.inputs.append(weight)
+    program = Program.from_subgraph(model)
+    x = torch.tensor([1.0, 2.0])
+    assert program({"x": x})["y"].tolist() == [1, 2]
+    assert program({"x": x, "w": x})["y"].tolist() == [1, 4]
+
+
+def test_an_output_may_be_asked_for_twice() -> None:
+    program = Program.from_subgraph(_mlp(), outputs=["y", "y"])
+    assert program.output_names == ("y",)
+    assert list(program(_feeds())) == ["y"]
+
+
+def test_items_of_sequences_take_the_programs_type() -> None:
+    text = """g (seq(float[2]) s, float[2] x) => (float[2] y) {
+        index = Constant<value_int = 0>()
+        item = SequenceAt(s, index)
+        y = Mul(item, x)
+    }"""
+    program = Program.from_subgraph(build(text), dtype=torch.bfloat16)
+    ones = np.ones(2, np.float32)
+    assert program({"s": [torch.ones(2)], "x": ones})["y"].dtype == torch.bfloat16

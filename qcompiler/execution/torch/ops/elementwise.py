@@ -55,6 +55,9 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:
     """Return `base ** exponent` in the base's type."""
+    if not base.is_floating_point():
+        # Fractions, and integers beyond float32's 24 bits, on the way; cut at the end.
+        return torch.pow(base.double(), exponent.double()).trunc().to(base.dtype)
     if _is_number(exponent) and exponent.dim() <= base.dim():
         # PyTorch has kernels of their own for squares, roots and such.
         result = torch.pow(base, exponent.item())

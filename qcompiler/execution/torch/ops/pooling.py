@@ -55,6 +55,8 @@ def max_pool(call: Call, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         raise call.refuse(reason)
     ceil = bool(call.integer("ceil_mode", 0))
     image, pads = _on_device(x), windows.begin
+    if rank == 1 and not image.is_floating_point():
+        image = image.float()  # exact for 8 bits, for which this one has no kernel
     sizes = image.shape[BATCH_AND_CHANNELS:]
     if not _fits(windows):
         image = windows.padded(image, windows.counts(sizes, ceil=ceil), _lowest(image))

@@ -39,16 +39,20 @@ def einsum(call: Call, *operands: Tensor) -> Tensor:
 def matmul_integer(
     _call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
 ) -> Tensor:
-    """Return the int32 product of codes less their zero points (A's per row, B's per column)."""
-    left = a.to(torch.int32)
-    right = b.to(torch.int32)
+    """Return the int32 product of codes less their zero points (A's per row, B's per column).
+
+    Codes that carry gradients are floats of integral value; so is their product.
+    """
+    live = a.is_floating_point() or b.is_floating_point()
+    dtype = torch.float64 if live else torch.int32
+    left = a.to(dtype)
+    right = b.to(dtype)
     if a_zero is not None:
-        rows = a_zero.to(torch.int32)
+        rows = a_zero.to(dtype)
         left = left - (rows.unsqueeze(-1) if rows.dim() == 1 and rows.numel() > 1 else rows)
     if b_zero is not None:
-        columns = b_zero.to(torch.int32)
-        right = right - (columns.unsqueeze(-2) if columns.dim() > 1 else columns)
-    return integer_product(left, right)
+        right = right - b_zero.to(dtype)
+    return left @ right if live else integer_product(left, right)
 
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:

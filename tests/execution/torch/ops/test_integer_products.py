@@ -93,3 +93,20 @@ def test_refuses_codes_of_unknown_type() -> None:
     inputs["yz"] = inputs["yz"].astype(np.int32)
     with pytest.raises(ModelError, match="codes of type INT32 are not supported"):
         run_program(node_text(":QLinearMatMul", inputs), inputs)
+
+
+def test_codes_with_gradients_pass_an_integer_product() -> None:
+    text = """g (float[2, 4] x, float z) => (float[2, 3] y) {
+        q, s, zero = DynamicQuantizeLinear(x)
+        i = MatMulInteger(q, w, zero)
+        c = Cast<to = 1>(i)
+        y = Mul(c, s)
+    }"""
+    w = np.arange(12, dtype=np.int8).reshape(4, 3)
+    program = Program.from_subgraph(build(text.replace(", float z", ""), {"w": w}))
+    x = torch.tensor([[1.0, 2, 3, 4], [-1, 0.5, 2, 1]], requires_grad=True)
+    result = program({"x": x})["y"]
+    torch.testing.assert_close(result.detach(), program({"x": x.detach()})["y"])
+    (gradient,) = torch.autograd.grad(result.sum(), [x])
+    inside = gradient[0, 1:3]  # neither the smallest nor the largest: no gradient by the scale
+    assert inside.tolist() == [12, 21]
