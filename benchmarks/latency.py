@@ -25,9 +25,12 @@ def latency_ratio(
 
 
 def in_turns(
-    reference: Callable[[], object], candidate: Callable[[], object], seconds: float = _SECONDS
+    reference: Callable[[], object],
+    candidate: Callable[[], object],
+    seconds: float = _SECONDS,
+    fewest: int = _ROUNDS[0],
 ) -> dict[str, float]:
-    """Time two functions in turns.
+    """Time two functions in turns, for some seconds and at least `fewest` rounds.
 
     Every round runs both, the first of them changing, so that the load of the machine, which moves
     slower than a round, meets both alike.
@@ -43,7 +46,7 @@ def in_turns(
             run()
     times: list[tuple[float, float]] = []
     started = time.perf_counter()
-    while _goes_on(len(times), time.perf_counter() - started, seconds):
+    while _goes_on(len(times), time.perf_counter() - started, seconds, fewest):
         first, second = both if len(times) % 2 == 0 else both[::-1]
         pair = (_time(first), _time(second))
         times.append(pair if len(times) % 2 == 0 else pair[::-1])
@@ -59,9 +62,8 @@ def in_turns(
     }
 
 
-def _goes_on(rounds: int, spent: float, seconds: float) -> bool:
-    fewest, most = _ROUNDS
-    return rounds < fewest or (rounds < most and spent < seconds)
+def _goes_on(rounds: int, spent: float, seconds: float, fewest: int) -> bool:
+    return rounds < fewest or (rounds < _ROUNDS[1] and spent < seconds)
 
 
 def _time(run: Callable[[], object]) -> float:

@@ -141,6 +141,7 @@ def time_all(settings: argparse.Namespace, path: Path) -> dict[str, Any]:
                 run_module(module, feeds, gradients=gradients),
                 run_program(program, feeds, gradients=gradients),
                 settings.seconds,
+                settings.rounds,
             )
             print(f"{name:32} {_timing(found[name])}", flush=True)
         found[f"{attention}, difference"] = difference(module, program, feeds)
@@ -229,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--random", action="store_true", help="weights from a seed")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each timing")
+    parser.add_argument("--rounds", type=int, default=7, help="at least, for each timing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=smollm2.QUICK_WINDOWS, help="of perplexity")
     parser.add_argument("--results", type=Path, default=FOLDER)
