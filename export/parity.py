@@ -15,8 +15,8 @@ from qcompiler.execution.outputs import OutputDifference, compare_outputs
 from qcompiler.execution.sessions import Session, runtime_failure, session_options
 from qcompiler.export.from_torch import require_torch
 from qcompiler.export.random_calls import Calls
-from qcompiler.export.widened import widened
 from qcompiler.ir.save import save_model
+from qcompiler.ir.widened import widened
 from qcompiler.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:

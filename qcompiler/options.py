@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
+from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
 
@@ -43,6 +44,23 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class EqualizationOptions:
+    """How range is moved between activations and weights; it takes samples.
+
+    Attributes:
+        method: Which scales are tried; None leaves the model as it is.
+        alpha: For `smoothquant`: how much of the activation's range goes to the weights.
+        percentile: Percent of an activation's values that its range covers; None is all.
+        insert_mul: Where a Mul may be put in front of ops whose data no constant can scale.
+    """
+
+    method: EqualizationMethod | None = EqualizationMethod.AUTO
+    alpha: float = 0.5
+    percentile: float | None = None
+    insert_mul: InsertMul = InsertMul.NEVER
+
+
+@dataclass(frozen=True, slots=True)
 class CompileOptions:
     """What a compilation is asked to do.
 
@@ -53,6 +71,7 @@ class CompileOptions:
         exclude: Node name patterns (glob, or /regex/) that stay in float.
         calibration: Samples that activation ranges come from, None without; a text is where
             they are.
+        equalization: How channels are equalized where there are samples.
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
         metric: `module:function` that measures a model, higher is better (`calibration.metric`).
@@ -81,6 +100,7 @@ class CompileOptions:
     target: str = "onnxruntime"
     exclude: tuple[str, ...] = ()
     calibration: CalibrationOptions | str | None = None
+    equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
     min_output_sqnr: float | None = None
     metric: str | None = None
     max_metric_drop: float | None = None

@@ -11,7 +11,7 @@ from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
 from qcompiler.errors import UsageError
-from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
@@ -26,6 +26,8 @@ from qcompiler.passes.canonicalize.fold_constants import FoldConstants
 from qcompiler.passes.canonicalize.inline_functions import InlineFunctions
 from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
+from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
+from qcompiler.passes.equalize.group_scales import ScaleOptions
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
 from qcompiler.passes.lower.isolate_float_ops import IsolateFloatOps
@@ -72,7 +74,9 @@ class Plan:
         weight_range: How weight ranges are chosen.
         opset: The ai.onnx opset the recipe's schemes need on this target.
         user_passes: The users' own passes.
-        calibration: How ranges of activations are found, None where no scheme needs any.
+        calibration: Where samples are and how ranges are found, None where no pass needs any.
+        static: Whether a scheme has calibrated activations.
+        equalization: How channels are equalized.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
             the model is known.
@@ -88,6 +92,8 @@ class Plan:
     opset: int
     user_passes: tuple[Pass, ...] = field(default=())
     calibration: CalibrationOptions | None = None
+    static: bool = False
+    equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
     bound: OutputBound | None = None
@@ -106,8 +112,9 @@ def make_plan(options: CompileOptions) -> Plan:
     recipe = _recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
+    static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     calibration = _calibration(options, schemes)
-    if options.never_slower and calibration is None:
+    if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
     return Plan(
@@ -117,9 +124,11 @@ def make_plan(options: CompileOptions) -> Plan:
         opset,
         tuple(RunUserPass(reference) for reference in options.user_passes),
         calibration,
+        static,
+        options.equalization,
         options.custom_op_libraries,
-        bound=_bound(options, calibration),
-        never_slower=calibration is not None and options.never_slower is not False,
+        bound=_bound(options, static=static),
+        never_slower=static and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
     )
@@ -128,9 +137,9 @@ def make_plan(options: CompileOptions) -> Plan:
 def _calibration(
     options: CompileOptions, schemes: Sequence[QScheme | None]
 ) -> CalibrationOptions | None:
-    """Return how to calibrate, None where no scheme needs it."""
+    """Return how to calibrate, None where nothing needs it."""
     static = next((s for s in schemes if s and s.activations is Activations.STATIC), None)
-    if static is None:
+    if static is None and (options.calibration is None or options.equalization.method is None):
         return None
     if options.calibration is None:
         message = f"{static} needs samples to find the ranges of activations"
@@ -155,9 +164,9 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
     return replace(plan, data=CalibrationData(samples, model_fingerprint))
 
 
-def _bound(options: CompileOptions, calibration: CalibrationOptions | None) -> OutputBound | None:
+def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:
     bound = output_bound(options.min_output_sqnr, options.metric, options.max_metric_drop)
-    if bound is not None and calibration is None:
+    if bound is not None and not static:
         message = f"{bound.option} chooses which ops keep calibrated activations, and none has any"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
     return bound
@@ -180,6 +189,23 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
         options.memory_budget,
         options.statistics,
         plan.custom_op_libraries,
+    )
+
+
+def _equalize_channels(plan: Plan) -> EqualizeChannels:
+    chosen, options, data = plan.equalization, plan.calibration, plan.data
+    if chosen.method is None or options is None or data is None:
+        message = "equalize-channels needs samples and a method"
+        raise UsageError(message, hint="give --calibration DATA, and --equalize auto")
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    return EqualizeChannels(
+        EqualizeOptions(
+            samples,
+            ScaleOptions(chosen.method, chosen.alpha, chosen.percentile, options.outlier_channels),
+            chosen.insert_mul,
+            options.memory_budget,
+            plan.custom_op_libraries,
+        )
     )
 
 
@@ -270,6 +296,7 @@ _CANONICALIZING: dict[type[Pass], PassFactory] = {
 _QUANTIZING: dict[type[Pass], PassFactory] = {
     AssignSchemes: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
     PlaceQuantizers: lambda plan: PlaceQuantizers(PlaceOptions(plan.target.placement)),
+    EqualizeChannels: _equalize_channels,
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
     DropSlowRegions: _drop_slow_regions,
     AssignFallbacks: _assign_fallbacks,
@@ -322,7 +349,9 @@ def pipeline(plan: Plan) -> list[Pass]:
     passes = _made(_CANONICALIZING, plan)
     if plan.user_passes:
         passes += [*plan.user_passes, *_made(_CLEANING_UP, plan)]
-    left_out: frozenset[type[Pass]] = frozenset() if plan.calibration is not None else _STATIC
+    left_out: frozenset[type[Pass]] = frozenset() if plan.static else _STATIC
+    if plan.calibration is None or plan.equalization.method is None:
+        left_out |= {EqualizeChannels}
     if not plan.never_slower:
         left_out |= {DropSlowRegions}
     if plan.bound is None:

@@ -147,7 +147,7 @@ def rank_sensitivity(
         TargetError: ONNX Runtime cannot run the model.
     """
     plan = make_plan(replace(options, min_output_sqnr=None, metric=None, max_metric_drop=None))
-    if plan.calibration is None:
+    if not plan.static:
         message = "no op would get calibrated activations"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
     model = load_model(Path(source))

@@ -34,10 +34,10 @@ from qcompiler.ir.provenance import (
     RANGE,
     SHARES,
     annotate,
+    quantizer_of,
 )
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.quantize.observer_trial import try_ranges
-from qcompiler.quant.qtype import QType, qtype_named
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
@@ -232,12 +232,6 @@ class Calibrate(Pass):
                 annotate(value, **{ACTIVATION_SQNR.removeprefix("qcompiler."): quality})
                 clause += f", {quality:.1f} dB"
         return clause
-
-
-def quantizer_of(value: ir.Value) -> tuple[QType, bool]:
-    """Return integer type and symmetry of a value's codes."""
-    name, _, symmetry = value.metadata_props[QUANTIZER].partition(":")
-    return qtype_named(name), symmetry == "sym"
 
 
 def _quantized_values(graph: ir.Graph) -> Iterator[ir.Value]:

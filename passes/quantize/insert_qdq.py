@@ -15,19 +15,18 @@ from qcompiler.ir.dataflow import all_nodes, node_label
 from qcompiler.ir.editing import add_initializer, fresh_name, value_names
 from qcompiler.ir.provenance import (
     BYTES_AFTER,
-    PAIR_LIMIT,
     QUANTIZED_INPUTS,
     SCHEME,
     SQNR,
     annotate,
     scheme_of,
 )
-from qcompiler.ir.quantizable import Site, find_sites
+from qcompiler.ir.quantizable import Site, find_sites, planned_spec
 from qcompiler.ir.weights import WeightStore, read_slice
 from qcompiler.passes.quantize.bias_scales import least_shared_scales
 from qcompiler.quant.granularity import PerAxis, PerBlock
 from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
-from qcompiler.quant.scheme import PairLimit, QSpec
+from qcompiler.quant.scheme import QSpec
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 
@@ -178,11 +177,9 @@ def _free_stem(wanted: str, taken: set[str]) -> str:
 
 
 def _spec(site: Site) -> QSpec:
-    scheme = scheme_of(site.node)
-    assert scheme is not None
-    limit = site.node.metadata_props.get(PAIR_LIMIT)
-    pairs = None if limit is None else PairLimit(int(limit), site.reduction_axes)
-    return scheme.weight_spec(site.granularity(scheme), pairs)
+    spec = planned_spec(site)
+    assert spec is not None
+    return spec
 
 
 def _quantize_in_slices(

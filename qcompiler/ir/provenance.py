@@ -11,6 +11,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.quant.qtype import QType, qtype_named
 from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
 
 PREFIX: Final = "qcompiler."
@@ -51,6 +52,8 @@ OUTLIERS: Final = "qcompiler.outlier_channels"
 """On such a value: channels of its last axis that stay in float, a JSON list."""
 ACTIVATION_SQNR: Final = "qcompiler.activation_sqnr_db"
 """On such a value: signal to rounding noise ratio on the samples, in dB, without its outliers."""
+EQUALIZED: Final = "qcompiler.equalized"
+"""On a node whose data was equalized, or considered for it: with which scales."""
 FLOAT_MS: Final = "qcompiler.float_ms"
 """On a node of a measured region: milliseconds that the region takes in float."""
 QUANTIZED_MS: Final = "qcompiler.quantized_ms"
@@ -89,6 +92,12 @@ def scheme_of(node: ir.Node) -> QScheme | None:
         UsageError: What is written on it is no scheme.
     """
     return parse_scheme(node.metadata_props.get(SCHEME, FLOAT))
+
+
+def quantizer_of(value: ir.Value) -> tuple[QType, bool]:
+    """Return integer type and symmetry of the codes of a value that is to be quantized."""
+    name, _, symmetry = value.metadata_props[QUANTIZER].partition(":")
+    return qtype_named(name), symmetry == "sym"
 
 
 def origins_of(node: ir.Node) -> tuple[str, ...]:

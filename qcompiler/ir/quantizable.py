@@ -17,8 +17,9 @@ from qcompiler.ir.dataflow import (
     is_op,
     standard_domain,
 )
+from qcompiler.ir.provenance import PAIR_LIMIT, scheme_of
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
-from qcompiler.quant.scheme import QScheme
+from qcompiler.quant.scheme import PairLimit, QScheme, QSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,16 @@ class Site:
         if self.axes.output is None:
             return PerBlock(self.axes.reduction, self.reduction)
         return PerAxis(self.axes.output)
+
+
+def planned_spec(site: Site) -> QSpec | None:
+    """Return how the weight of a site is going to be quantized, None where it stays in float."""
+    scheme = scheme_of(site.node)
+    if scheme is None:
+        return None
+    limit = site.node.metadata_props.get(PAIR_LIMIT)
+    pairs = None if limit is None else PairLimit(int(limit), site.reduction_axes)
+    return scheme.weight_spec(site.granularity(scheme), pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,9 +231,6 @@ LEGALITY: dict[Stage, tuple[LegalityRule, ...]] = {
         LegalityRule("unique-names", "every node has its own name", _unique_node_names),
         LegalityRule("initializers", "every initializer has a value", _initializers_have_values),
     ),
-    # Equalizing changes values of weights and no structure, so canonical form is all there is to
-    # check; that outputs stay equal is what `--verify numerics` measures.
-    Stage.EQUALIZED: (),
     Stage.ASSIGNED: (
         LegalityRule("schemes-readable", "schemes are fully decided", _schemes_readable),
     ),

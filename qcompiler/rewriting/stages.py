@@ -8,7 +8,6 @@ class Stage(StrEnum):
 
     IMPORTED = "imported"
     CANONICAL = "canonical"
-    EQUALIZED = "equalized"
     ASSIGNED = "assigned"
     QDQ = "qdq"
     LOWERED = "lowered"

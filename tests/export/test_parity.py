@@ -9,8 +9,8 @@ from torch import nn
 from qcompiler.errors import ParityError, TargetError, UsageError
 from qcompiler.export.from_torch import DYNAMIC_AXES
 from qcompiler.export.parity import TOLERANCES, check_parity
-from qcompiler.export.widened import widened
 from qcompiler.ir.save import save_model
+from qcompiler.ir.widened import widened
 from qcompiler.progress import SilentProgress
 from tests.support.graphs import build, random_array
 

@@ -1,0 +1,1 @@
+"""Rewrites that move range between activations and weights, exact in real arithmetic."""

@@ -1,0 +1,300 @@
+"""Examples of what ops with weights multiply: rows of a matrix, patches of images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.errors import UsageError
+from qcompiler.execution.intermediates import shapes_at
+from qcompiler.execution.sessions import open_session
+from qcompiler.execution.taps import Measure, Tap, tap_model
+from qcompiler.ir.channels.weights import data_axis, data_input
+from qcompiler.ir.dataflow import int_attribute, ints_attribute
+from qcompiler.ir.quantizable import Site
+from qcompiler.ir.widened import widened
+from qcompiler.progress import Progress
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+_FLOAT_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelRanges:
+    """What the channels of a value held over all calls, float64 `[channels]` each."""
+
+    minimum: F64
+    maximum: F64
+    mean_magnitude: F64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """What one op with a weight multiplies.
+
+    Attributes:
+        rows: float32 `[groups, examples, K]`; groups is 1 but for grouped convolutions. K runs in
+            the order of `weight_matrix`.
+        ranges: Of the whole data, by channel.
+    """
+
+    rows: F32
+    ranges: ChannelRanges
+
+
+def weight_matrix(site: Site, values: Array) -> Array:
+    """Return a weight as `[groups, K, N]`, so that `rows @ matrix` is what the op computes.
+
+    Of a ConvTranspose it is what one position contributes to all those it reaches.
+    """
+    group = int_attribute(site.node, "group", 1)
+    if site.row.op_type == "Conv":
+        return np.swapaxes(values.reshape(group, len(values) // group, -1), 1, 2)
+    if site.row.op_type == "ConvTranspose":
+        return values.reshape(group, len(values) // group, -1)
+    return np.moveaxis(values, site.axes.reduction, 0).reshape(1, site.reduction, -1)
+
+
+def channels_of_rows(site: Site, channels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the channel of each row of `weight_matrix`, `[groups, K]`."""
+    group = int_attribute(site.node, "group", 1) if site.row.op_type.startswith("Conv") else 1
+    positions = prod(site.shape[2:]) if site.row.op_type == "Conv" else 1
+    return np.repeat(channels, positions).reshape(group, -1)
+
+
+class ExampleCollector:
+    """Runs a model on samples and keeps some of what ops with weights multiply.
+
+    Args:
+        model: The model; it is not changed.
+        samples: The calls.
+        count: How many rows to keep for an op, evenly over the calls.
+        memory_budget: Bytes the process may take; a quarter is for what is collected at once.
+        custom_op_libraries: Shared libraries with the kernels of custom operators.
+        threads: Threads of one operator; None leaves it to ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Samples,
+        *,
+        count: int,
+        memory_budget: int,
+        custom_op_libraries: Sequence[Path] = (),
+        threads: int | None = None,
+    ) -> None:
+        # The runtime has next to no kernels for bfloat16 on a CPU.
+        self._model = widened(model)
+        self._samples = samples
+        self._per_call = max(1, -(-count // max(1, len(samples))))
+        self._limit = memory_budget // 4
+        self._libraries = tuple(custom_op_libraries)
+        self._threads = threads
+
+    def rounds(self, units: Sequence[Sequence[Site]]) -> list[list[Sequence[Site]]]:
+        """Divide lists of sites that belong together into rounds that fit memory, in order.
+
+        Raises:
+            UsageError: One list does not fit alone.
+        """
+        names = dict.fromkeys(_data(site).name or "" for sites in units for site in sites)
+        shapes = shapes_at(
+            self._model,
+            list(names),
+            _wide(_largest(self._samples)),
+            threads=self._threads,
+            custom_op_libraries=self._libraries,
+        )
+        found: list[list[Sequence[Site]]] = []
+        room = 0
+        for sites in units:
+            values = {_data(site).name or "": site for site in sites}
+            cost = sum(self._cost(shapes[name], site) for name, site in values.items())
+            if cost > self._limit:
+                message = (
+                    f"its examples take {cost >> 20} MiB, and {self._limit >> 20} MiB are free"
+                )
+                hint = (
+                    f"raise the memory budget to {(4 * cost >> 20) + 1} MiB, or use smaller samples"
+                )
+                raise UsageError(message, where=sites[0].label, hint=hint)
+            if cost > room:
+                found.append([])
+                room = self._limit
+            found[-1].append(sites)
+            room -= cost
+        return found
+
+    def collect(self, sites: Sequence[Site], progress: Progress, task: str) -> dict[Site, Examples]:
+        """Run all calls once and return the examples of some sites; those of one value share them.
+
+        Raises:
+            TargetError: ONNX Runtime cannot run the model on a sample.
+        """
+        groups: dict[tuple[str, object], _Gatherer] = {}
+        owner: dict[Site, _Gatherer] = {}
+        for site in sites:
+            key = (_data(site).name or "", _geometry(site))
+            owner[site] = groups.setdefault(key, _Gatherer(site, self._per_call))
+        taps = {name: Tap(name, Measure.VALUES) for name, _ in groups}
+        tapped = tap_model(self._model, list(taps.values()))
+        with (
+            open_session(
+                tapped.model,
+                optimize=False,
+                threads=self._threads,
+                custom_op_libraries=self._libraries,
+            ) as session,
+            progress.task(task, len(self._samples)) as advance,
+        ):
+            for index, feeds in enumerate(self._samples):
+                results = session.run(_wide(feeds))
+                values = {tap.value: results[name] for tap, name in tapped.outputs.items()}
+                for (name, _), gatherer in groups.items():
+                    gatherer.add(values[name], index)
+                del results, values
+                advance(1)
+        return {site: owner[site].examples() for site in sites}
+
+    def _cost(self, shape: Sequence[int], site: Site) -> int:
+        rows = self._per_call * len(self._samples)
+        row = site.reduction * (prod(site.shape[2:]) if site.row.op_type == "Conv" else 1)
+        return _FLOAT_BYTES * (prod(shape) + rows * row)
+
+
+class _Gatherer:
+    """Gathers examples and ranges of one value, call by call."""
+
+    def __init__(self, site: Site, per_call: int) -> None:
+        self._site = site
+        self._per_call = per_call
+        self._rows: list[F32] = []
+        self._ranges: ChannelRanges | None = None
+        self._count = 0
+
+    def add(self, values: Array, call: int) -> None:
+        if not values.size:
+            return
+        axis = data_axis(self._site)
+        assert axis is not None
+        table = np.moveaxis(values, axis, -1)
+        flat = table.reshape(-1, table.shape[-1])
+        generator = np.random.default_rng(call)
+        if self._site.row.op_type == "Conv":
+            self._rows.append(_patches(self._site, values, self._per_call, generator))
+        else:
+            chosen = np.sort(generator.permutation(len(flat))[: self._per_call])
+            group = int_attribute(self._site.node, "group", 1)
+            rows = flat[chosen].reshape(len(chosen), group, -1)
+            self._rows.append(np.swapaxes(rows, 0, 1).astype(np.float32))
+        self._widen(flat)
+
+    def examples(self) -> Examples:
+        empty = np.zeros(0)
+        if not self._rows or self._ranges is None:
+            return Examples(np.zeros((1, 0, 0), np.float32), ChannelRanges(empty, empty, empty))
+        ranges = self._ranges
+        means = ranges.mean_magnitude / self._count
+        return Examples(
+            np.concatenate(self._rows, axis=1),
+            ChannelRanges(ranges.minimum, ranges.maximum, means),
+        )
+
+    def _widen(self, flat: Array) -> None:
+        low, high = flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
+        total = np.abs(flat).sum(axis=0, dtype=np.float64)
+        self._count += len(flat)
+        known = self._ranges
+        if known is not None:
+            low, high = np.minimum(low, known.minimum), np.maximum(high, known.maximum)
+            total = total + known.mean_magnitude
+        self._ranges = ChannelRanges(low, high, total)
+
+
+def _patches(site: Site, values: Array, count: int, generator: np.random.Generator) -> F32:
+    """Return what a Conv multiplies at some output positions: `[groups, count, K]`."""
+    kernel = site.shape[2:]
+    rank = len(kernel)
+    strides = ints_attribute(site.node, "strides") or (1,) * rank
+    dilations = ints_attribute(site.node, "dilations") or (1,) * rank
+    extents = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    pads = _pads(site.node, values.shape[2:], extents, strides)
+    padded = np.pad(values, [(0, 0), (0, 0), *pads])
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, extents, axis=tuple(range(2, 2 + rank))
+    )
+    places = windows[:, :, *[slice(None, None, step) for step in strides]]
+    outer = (len(places), *places.shape[2 : 2 + rank])
+    chosen = np.sort(generator.permutation(prod(outer))[:count])
+    image, *where = np.unravel_index(chosen, outer)
+    rows = np.moveaxis(places, 1, -1 - rank)[(image, *where)]
+    for axis, step in enumerate(dilations):
+        rows = rows.take(range(0, rows.shape[2 + axis], step), axis=2 + axis)
+    group = int_attribute(site.node, "group", 1)
+    grouped = np.ascontiguousarray(rows, np.float32).reshape(len(chosen), group, -1)
+    return np.swapaxes(grouped, 0, 1)
+
+
+def _pads(
+    node: ir.Node, sizes: Sequence[int], extents: Sequence[int], strides: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Return the zeros in front of and behind each spatial axis (ONNX Conv-11)."""
+    auto = node.attributes.get("auto_pad")
+    mode = "NOTSET" if auto is None else auto.as_string()
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        found = []
+        for size, extent, step in zip(sizes, extents, strides, strict=True):
+            total = max(0, (-(-size // step) - 1) * step + extent - size)
+            small, large = total // 2, total - total // 2
+            found.append((small, large) if mode == "SAME_UPPER" else (large, small))
+        return found
+    given = ints_attribute(node, "pads") if mode == "NOTSET" else None
+    pads = given or (0,) * (2 * len(sizes))
+    return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
+
+
+def _geometry(site: Site) -> object:
+    """Return what, besides the value, decides what an op's examples are."""
+    names = ("strides", "dilations", "pads")
+    numbers = tuple(ints_attribute(site.node, name) for name in names)
+    auto = site.node.attributes.get("auto_pad")
+    group = int_attribute(site.node, "group", 1)
+    kernel = site.shape[2:] if site.row.op_type == "Conv" else ()
+    return data_axis(site), kernel, group, numbers, None if auto is None else auto.as_string()
+
+
+def _data(site: Site) -> ir.Value:
+    position = data_input(site)
+    value = None if position is None else site.node.inputs[position]
+    assert value is not None
+    return value
+
+
+def _wide(feeds: Feeds) -> Feeds:
+    """Return inputs of bfloat16 as float32."""
+    return {
+        name: values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
+        for name, values in feeds.items()
+    }
+
+
+def _largest(samples: Samples) -> Feeds:
+    """Return the call with the most elements."""
+    best: tuple[int, Feeds] | None = None
+    for feeds in samples:
+        size = sum(array.size for array in feeds.values())
+        if best is None or size > best[0]:
+            best = (size, feeds)
+    assert best is not None
+    return best[1]

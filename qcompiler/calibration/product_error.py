@@ -1,0 +1,168 @@
+"""What quantizing a product of data and weights would cost, on examples of the data."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.calibration.linear_examples import (
+    ChannelRanges,
+    Examples,
+    channels_of_rows,
+    weight_matrix,
+)
+from qcompiler.calibration.outliers import outlier_channels
+from qcompiler.ir.channels.scaling import per_position
+from qcompiler.ir.provenance import QUANTIZED_INPUTS, scheme_of
+from qcompiler.ir.quantizable import Site, planned_spec
+from qcompiler.ir.weights import read_all
+from qcompiler.quant.arithmetic import dequantize
+from qcompiler.quant.ranges import RangeMethod, quantize_tensor
+from qcompiler.quant.scheme import Activations
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+
+_SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Parts of the whole range that the range of an activation is looked for among."""
+_STEPS: Final = 255
+"""Steps of 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Energy of an error over that of the exact product.
+
+    Attributes:
+        fit: On the examples that scales are chosen with.
+        judge: On the others.
+    """
+
+    fit: float
+    judge: float
+
+
+class QuantizedProduct:
+    """One op with a weight, whose quantization is tried with different scales of its data.
+
+    Args:
+        site: The op, with the scheme it is planned to have.
+        channels: Channel of each input channel, as in `ir.channels.groups.Reader`.
+        examples: What it multiplies.
+        outlier_limit: How many channels may stay in float at most; 0 is none.
+    """
+
+    def __init__(self, site: Site, channels: Ids, examples: Examples, outlier_limit: int) -> None:
+        self._site = site
+        self._channels = channels
+        self._examples = examples
+        self._rows_of = channels_of_rows(site, channels)
+        scheme = scheme_of(site.node)
+        self._activations = Activations.FLOAT if scheme is None else scheme.activations
+        if self._activations is Activations.STATIC:
+            placed = QUANTIZED_INPUTS in site.node.metadata_props
+            self._activations = Activations.STATIC if placed else Activations.FLOAT
+        self._outliers = outlier_limit if self._keeps_outliers() else 0
+        self._weight = np.asarray(read_all(site.tensor), np.float32)
+        self._exact = examples.rows @ self._matrix(self._weight)
+
+    @property
+    def quantizes_data(self) -> bool:
+        """Whether the data is rounded too."""
+        return self._activations is not Activations.FLOAT
+
+    def weight_extremes(self, count: int) -> tuple[F64, F64]:
+        """Return smallest and largest weight of each of `count` channels; 0 where there is none."""
+        matrix = self._matrix(self._weight)
+        low, high = np.zeros(count), np.zeros(count)
+        rows = self._rows_of
+        held = rows >= 0
+        np.minimum.at(low, rows[held], matrix.min(axis=2)[held])
+        np.maximum.at(high, rows[held], matrix.max(axis=2)[held])
+        return low, high
+
+    def noise(self, scales: F64) -> Noise:
+        """Return the noise where the channels of the data are divided by `scales`."""
+        by_row = per_position(self._rows_of, scales)[:, np.newaxis, :]
+        rows = (self._examples.rows / by_row).astype(np.float32)
+        if self.quantizes_data:
+            rows = self._rounded(rows, scales)
+        error = rows @ self._matrix(self._rounded_weight(scales)) - self._exact
+        # Neighbouring examples go to different halves, as they come from the same call.
+        return Noise(*(_ratio(error[:, part::2], self._exact[:, part::2]) for part in (0, 1)))
+
+    def _rounded_weight(self, scales: F64) -> F32:
+        spec = planned_spec(self._site)
+        shape = [1] * self._weight.ndim
+        if self._site.row.op_type in ("Conv", "ConvTranspose"):
+            factors = self._convolution_factors(scales)
+        else:
+            shape[self._site.axes.reduction] = -1
+            factors = per_position(self._channels, scales).reshape(shape)
+        scaled = (self._weight * factors).astype(self._site.tensor.dtype.numpy())
+        if spec is None:
+            return scaled.astype(np.float32)
+        found = quantize_tensor(scaled, spec, RangeMethod.MIN_MAX, scaled.dtype)
+        restored = dequantize(found.codes, found.scale, found.zero_point, spec.granularity)
+        return np.asarray(restored, np.float32)
+
+    def _convolution_factors(self, scales: F64) -> F64:
+        """Shape the scales so that they multiply the weight of a convolution."""
+        by_row = per_position(self._rows_of, scales)
+        groups, width = by_row.shape
+        shape = self._weight.shape
+        if self._site.row.op_type == "ConvTranspose":
+            return by_row.reshape(-1, *[1] * (len(shape) - 1))
+        wide = np.broadcast_to(by_row[:, np.newaxis], (groups, shape[0] // groups, width))
+        return wide.reshape(shape)
+
+    def _matrix(self, weight: Array) -> F32:
+        return weight_matrix(self._site, weight)
+
+    def _rounded(self, rows: F32, scales: F64) -> F32:
+        """Round data to 8 bits as calibration would, its outlier channels left alone."""
+        ranges = self._examples.ranges
+        factors = per_position(self._channels, scales)
+        low, high = ranges.minimum / factors, ranges.maximum / factors
+        if self._activations is Activations.DYNAMIC:
+            return _on_grid(rows, float(rows.min()), float(rows.max()))
+        kept = np.zeros(len(low), np.bool_)
+        kept[list(outlier_channels(low, high, self._outliers))] = True
+        inner = ~kept if self._outliers else np.ones(rows.shape[-1], np.bool_)
+        whole = float(low[~kept].min()), float(high[~kept].max())
+        candidates = [_on_grid(rows, share * whole[0], share * whole[1]) for share in _SHARES]
+        errors = [float(np.square((c - rows)[..., inner]).sum()) for c in candidates]
+        best = candidates[int(np.argmin(errors))]
+        return np.where(inner, best, rows).astype(np.float32)
+
+    def _keeps_outliers(self) -> bool:
+        return self._site.row.op_type in ("MatMul", "Gemm") and not self._site.left
+
+
+def channel_extremes(channels: Ids, ranges: ChannelRanges, count: int) -> tuple[F64, F64, F64]:
+    """Return smallest and largest value and largest mean magnitude of each channel of a group."""
+    low, high, mean = np.zeros(count), np.zeros(count), np.zeros(count)
+    held = channels >= 0
+    np.minimum.at(low, channels[held], ranges.minimum[held])
+    np.maximum.at(high, channels[held], ranges.maximum[held])
+    np.maximum.at(mean, channels[held], ranges.mean_magnitude[held])
+    return low, high, mean
+
+
+def _on_grid(rows: F32, low: float, high: float) -> F32:
+    """Round to the nearest of 256 numbers from `low` to `high`, one of which is 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = (high - low) / _STEPS
+    if step <= 0.0:
+        return rows
+    first = np.rint(low / step)
+    return np.asarray(np.clip(np.rint(rows / step), first, first + _STEPS) * step, np.float32)
+
+
+def _ratio(error: F32, exact: F32) -> float:
+    signal = float(np.square(exact, dtype=np.float64).sum())
+    noise = float(np.square(error, dtype=np.float64).sum())
+    return noise / signal if signal > 0.0 else 0.0

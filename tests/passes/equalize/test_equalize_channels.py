@@ -1,0 +1,271 @@
+"""Equalizing moves range between data and weights, and changes nothing else."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.ir.provenance import annotate
+from qcompiler.ir.shapes import infer_shapes
+from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
+from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.quant.equalization import EqualizationMethod, InsertMul
+from tests.support.graphs import Array, build, initializer, node_named, op_types, random_array
+from tests.support.parity import assert_parity, run_model
+from tests.support.rewrites import assert_idempotent, only_skip, reasons, run_pass
+
+WIDTH = 32
+NORMED = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+            { [ln] n = LayerNormalization(x, g, b) [fc] y = MatMul(n, w) }"""
+BARE = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+          { q = Mul(x, x) m = ReduceMean(q, last) r = Sqrt(m) [norm] n = Div(x, r)
+            [fc] y = MatMul(n, w) }"""
+OUTLIERS = (3, 17)
+
+
+def weights(dtype: npt.DTypeLike = np.float32) -> dict[str, Array]:
+    """Return weights of which the norm's make two channels fifty times as large as the others."""
+    gamma = 1 + 0.1 * random_array(WIDTH, seed=1)
+    gamma[list(OUTLIERS)] *= 50
+    matrix = random_array(WIDTH, 24, seed=2)
+    matrix[list(OUTLIERS)] /= 50
+    made = {"g": gamma, "b": 0.1 * random_array(WIDTH, seed=3), "w": matrix}
+    return {name: values.astype(dtype) for name, values in made.items()}
+
+
+def samples(seed: int = 0, dtype: npt.DTypeLike = np.float32) -> Samples:
+    def read() -> Iterator[Feeds]:
+        for call in range(4):
+            yield {"x": random_array(2, 40, WIDTH, seed=10 * seed + call, dtype=dtype)}
+
+    return Samples("test", False, 4, read)
+
+
+def planned(model: ir.Model, scheme: str = "w8a8:sym", *names: str) -> ir.Model:
+    """Give ops a scheme, and mark their data as going to be quantized."""
+    infer_shapes(model)
+    for name in names or ("fc",):
+        node = node_named(model, name)
+        annotate(node, scheme=scheme)
+        if "a8" in scheme:
+            annotate(node, quantized_inputs="[0]")
+    return model
+
+
+def normed(scheme: str = "w8a8:sym") -> ir.Model:
+    return planned(build(NORMED, weights()), scheme)
+
+
+def equalize(
+    method: str = "auto", insert: str = "never", data: Samples | None = None, **scales: Any
+) -> EqualizeChannels:
+    options = ScaleOptions(EqualizationMethod(method), **scales)
+    return EqualizeChannels(
+        EqualizeOptions(data or samples(), options, insert_mul=InsertMul(insert))
+    )
+
+
+def extremes(values: Array) -> Array:
+    return np.asarray(np.ptp(values.reshape(-1, values.shape[-1]).astype(np.float64), axis=0))
+
+
+def data_of(model: ir.Model, name: str = "n") -> Array:
+    """Return what the op multiplies, over all samples."""
+    copy = model.clone()
+    value = next(v for node in copy.graph for v in node.outputs if v.name == name)
+    copy.graph.outputs.append(value)
+    return np.concatenate([run_model(copy, feeds)[name] for feeds in samples()])
+
+
+@pytest.mark.parametrize("method", ["auto", "aweq", "smoothquant", "smoothquant-searched", "awq"])
+def test_rewrites_constants_and_keeps_numerics(method: str, tmp_path: Path) -> None:
+    after = normed()
+    result = run_pass(equalize(method), after, tmp_path)
+    assert [rewrite.node for rewrite in result.rewrites] == ["fc"]
+    assert op_types(after) == ["LayerNormalization", "MatMul"]
+    ratio = initializer(after, "g") / weights()["g"]
+    assert ratio.max() / ratio.min() > 2
+    assert initializer(after, "b") == pytest.approx(weights()["b"] * ratio, rel=1e-5)
+    assert initializer(after, "w") == pytest.approx(weights()["w"] / ratio[:, None], rel=1e-5)
+    assert_parity(normed(), after, tolerance=1e-5)
+
+
+def test_aweq_reaches_the_least_product_of_ranges(tmp_path: Path) -> None:
+    after = normed()
+    before = extremes(data_of(after)), extremes(weights()["w"].T)
+    run_pass(equalize("aweq"), after, tmp_path)
+    found = extremes(data_of(after)), extremes(initializer(after, "w").T)
+    assert found[0].max() * found[1].max() == pytest.approx((before[0] * before[1]).max(), rel=1e-4)
+    assert before[0].max() * before[1].max() > 5 * (before[0] * before[1]).max()
+
+
+def test_smoothquant_of_one_half_divides_by_the_root_of_the_ratio(tmp_path: Path) -> None:
+    after = normed()
+    data, matrix = data_of(after), weights()["w"]
+    run_pass(equalize("smoothquant", alpha=0.5), after, tmp_path)
+    expected = np.sqrt(np.abs(data).max(axis=(0, 1)) / np.abs(matrix).max(axis=1))
+    expected /= np.exp(np.log(expected).mean())
+    assert weights()["g"] / initializer(after, "g") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_percentile_ignores_a_value_that_occurs_once(tmp_path: Path) -> None:
+    def with_spike() -> Iterator[Feeds]:
+        for index, feeds in enumerate(samples()):
+            if index == 0:
+                feeds["x"][0, 0, 5] = 1e4
+            yield feeds
+
+    spiked = Samples("test", False, 4, with_spike)
+    found = {}
+    for percentile in (None, 99.0):
+        model = normed()
+        run_pass(equalize("aweq", data=spiked, percentile=percentile), model, tmp_path)
+        found[percentile] = float(initializer(model, "g")[5] / weights()["g"][5])
+    assert found[None] < 0.9 * found[99.0]
+
+
+def test_the_error_of_the_op_falls_by_an_order_of_magnitude(tmp_path: Path) -> None:
+    result = run_pass(equalize(outlier_limit=0), normed(), tmp_path)
+    (rewrite,) = result.rewrites
+    before, after = (float(text) for text in _decibels(rewrite.detail))
+    assert after - before > 10
+
+
+def test_channels_without_outliers_stay_or_get_better(tmp_path: Path) -> None:
+    plain = {"g": np.ones(WIDTH, np.float32), "b": np.zeros(WIDTH, np.float32)}
+    model = planned(build(NORMED, plain | {"w": random_array(WIDTH, 24)}))
+    result = run_pass(equalize(), model, tmp_path)
+    for text in [*reasons(result), *(rewrite.detail for rewrite in result.rewrites)]:
+        before, after = (float(number) for number in _decibels(text))
+        assert after >= before - 0.1 or "no scales make" in text
+
+
+def test_a_group_that_nothing_makes_better_is_left_alone(tmp_path: Path) -> None:
+    model = planned(build(NORMED, weights() | {"g": np.ones(WIDTH, np.float32)}), "w8a16:sym")
+    before = {name: initializer(model, name).copy() for name in ("g", "b", "w")}
+    exact = np.round(random_array(WIDTH, 24) * 40).clip(-127, 127)
+    exact[0] = 127.0
+    model.graph.initializers["w"].const_value = ir.tensor(exact.astype(np.float32), name="w")
+    skip = only_skip(run_pass(equalize(), model, tmp_path))
+    assert skip.reason.startswith("no scales make the outputs of fc better")
+    assert (initializer(model, "g") == before["g"]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_models_are_scaled_by_powers_of_two(dtype: Any, tmp_path: Path) -> None:
+    name = "float16" if dtype is np.float16 else "bfloat16"
+    text = NORMED.replace("float[", f"{name}[")
+    model = planned(build(text, weights(dtype)))
+    run_pass(equalize("aweq", data=samples(dtype=dtype)), model, tmp_path)
+    ratio = initializer(model, "g").astype(np.float64) / weights(dtype)["g"].astype(np.float64)
+    assert set(np.log2(ratio) % 1) == {0.0}
+    assert ratio.max() > ratio.min()
+
+
+def test_a_norm_without_a_weight_gets_one(tmp_path: Path) -> None:
+    constants = {"last": np.array([-1]), "w": random_array(WIDTH, 24)}
+    constants["w"][list(OUTLIERS)] /= 50
+
+    def scaled() -> Iterator[Feeds]:
+        for feeds in samples():
+            feeds["x"][..., list(OUTLIERS)] *= 50
+            yield feeds
+
+    data = Samples("test", False, 4, scaled)
+    model = planned(build(BARE, constants))
+    refused = only_skip(run_pass(equalize(data=data), model, tmp_path))
+    assert refused.reason == "x is an input of the model or of a body"
+    after = planned(build(BARE, constants))
+    run_pass(equalize(insert="norms", data=data), after, tmp_path)
+    assert op_types(after) == ["Mul", "ReduceMean", "Sqrt", "Div", "Mul", "MatMul"]
+    assert_parity(build(BARE, constants), after, tolerance=1e-5)
+
+
+def test_a_mul_is_put_in_anywhere_only_when_asked_for(tmp_path: Path) -> None:
+    text = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+              { n = Gelu(x) [fc] y = MatMul(n, w) }"""
+    for insert, ops in (("norms", ["Gelu", "MatMul"]), ("always", ["Gelu", "Mul", "MatMul"])):
+        model = planned(build(text, {"w": weights()["w"]}))
+        run_pass(equalize("aweq", insert), model, tmp_path)
+        assert op_types(model) == ops
+        assert_parity(build(text, {"w": weights()["w"]}), model, tolerance=1e-5)
+
+
+def test_refuses_with_the_reason_of_the_graph(tmp_path: Path) -> None:
+    text = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+              { n = LayerNormalization(x, g, b) [act] a = Gelu(n) [fc] y = MatMul(a, w) }"""
+    skip = only_skip(run_pass(equalize(), planned(build(text, weights())), tmp_path))
+    assert skip.node == "fc"
+    assert skip.reason == "act (Gelu) computes a: Gelu does not commute with a scale"
+
+
+def test_ops_without_a_scheme_are_scaled_along_but_not_looked_at(tmp_path: Path) -> None:
+    text = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+              { n = LayerNormalization(x, g, b) [fc] a = MatMul(n, w) [f] c = MatMul(n, v)
+                y = Add(a, c) }"""
+    held = weights() | {"v": random_array(WIDTH, 24, seed=8)}
+    after = planned(build(text, held))
+    result = run_pass(equalize("aweq"), after, tmp_path)
+    assert [rewrite.node for rewrite in result.rewrites] == ["fc"]
+    assert not np.allclose(initializer(after, "v"), held["v"])
+    assert_parity(planned(build(text, held)), after, tolerance=1e-5)
+
+
+def test_a_large_tied_weight_is_not_copied(tmp_path: Path) -> None:
+    text = """g (float[B, T, 32] x) => (float[B, T, 1024] y)
+              { n = LayerNormalization(x, g, b) [fc] a = MatMul(n, w) [other] c = MatMul(x, w)
+                y = Add(a, c) }"""
+    held = weights() | {"w": random_array(WIDTH, 1024)}
+    skip = only_skip(run_pass(equalize(), planned(build(text, held)), tmp_path))
+    assert skip.reason.startswith("its weight w is read by other (MatMul) too")
+
+
+def test_a_small_norm_weight_that_two_norms_share_is_copied(tmp_path: Path) -> None:
+    text = """g (float[B, T, 32] x) => (float[B, T, 24] y)
+              { n = LayerNormalization(x, g, b) [fc] a = MatMul(n, w)
+                m = LayerNormalization(x, g) s = Sigmoid(m) c = MatMul(s, v) y = Add(a, c) }"""
+    held = weights() | {"v": random_array(WIDTH, 24, seed=8)}
+    after = planned(build(text, held))
+    run_pass(equalize("aweq"), after, tmp_path)
+    assert (initializer(after, "g") == held["g"]).all()
+    assert initializer(after, "g.scaled") is not None
+    assert_parity(planned(build(text, held)), after, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("insert", ["never", "always"])
+def test_is_idempotent(insert: str, tmp_path: Path) -> None:
+    assert_idempotent(equalize(insert=insert), normed(), tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16:b16:sym", "w3a16:sym", "w8a16:asym"])
+def test_weight_only_schemes_get_scales_of_their_own(scheme: str, tmp_path: Path) -> None:
+    result = run_pass(equalize(), normed(scheme), tmp_path)
+    labels = [rewrite.detail for rewrite in result.rewrites] or reasons(result)
+    assert all("awq" in text or "aweq" in text or "no scales" in text for text in labels)
+    assert len(labels) == 1
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        model = normed()
+        run_pass(equalize(), model, tmp_path)
+        found.append([initializer(model, name).tobytes() for name in ("g", "b", "w")])
+    assert found[0] == found[1]
+
+
+def _decibels(text: str) -> tuple[str, str]:
+    """Return the two figures of a sentence about a group, before and after."""
+    match = re.search(
+        r"from ([-.\d]+) to ([-.\d]+) dB|([-.\d]+) dB as they are, ([-.\d]+) dB", text
+    )
+    assert match is not None
+    before, after = (number for number in match.groups() if number is not None)
+    return before, after
