@@ -24,7 +24,7 @@ from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Re
 from qcompiler.rewriting.stages import Stage
 
 RULE: Final = "equalize-channels"
-_EXAMPLES: Final = 512
+_EXAMPLES: Final = 256
 """Rows that each op is tried on; half of them choose."""
 
 

@@ -15,6 +15,7 @@ from qcompiler.ir.quantizable import Site
 from qcompiler.quant.equalization import (
     ALPHAS,
     EXPONENTS,
+    EXPONENTS_OF_DATA,
     EqualizationMethod,
     balanced_scales,
     powers_of_two,
@@ -122,8 +123,9 @@ def _candidates(
     if method is EqualizationMethod.SMOOTHQUANT_SEARCHED or (everything and quantized):
         for alpha in ALPHAS:
             yield f"smoothquant {alpha:g}", balanced_scales(size, weight_size, alpha)
-    if method is EqualizationMethod.AWQ or (everything and not quantized):
-        for exponent in EXPONENTS:
+    if method is EqualizationMethod.AWQ or everything:
+        alone = method is EqualizationMethod.AWQ or not quantized
+        for exponent in EXPONENTS if alone else EXPONENTS_OF_DATA:
             yield f"awq {exponent:g}", salience_scales(ranges.mean, exponent)
 
 
@@ -133,7 +135,9 @@ def _magnitude(low: F64, high: F64) -> F64:
 
 def _noise(products: Sequence[QuantizedProduct], scales: F64) -> Noise:
     """Sum the relative noise of the ops that read a group."""
-    found = [product.noise(scales) for product in products]
+    data = {product.treatment: product for product in products}
+    rows = {treatment: product.data(scales) for treatment, product in data.items()}
+    found = [product.noise(rows[product.treatment], scales) for product in products]
     return Noise(sum(noise.fit for noise in found), sum(noise.judge for noise in found))
 
 

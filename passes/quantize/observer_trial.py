@@ -25,7 +25,7 @@ def try_ranges(
     reference: Reference,
     context: PassContext,
 ) -> list[float]:
-    """Return the output SQNR in dB that each set of ranges leaves, weights in float.
+    """Return how near each set of ranges leaves the outputs to float, weights in float.
 
     The quantized graph is the same for all of them, but for its scales and zero points: these
     become inputs, so that one session serves all.
@@ -47,7 +47,7 @@ def try_ranges(
     for rewrite in passes:
         rewrite.run(copy, context)
     operands = _open_operands(copy.graph, names, set(candidates[0]))
-    return reference.sqnr_db_each(copy, [_feeds(operands, ranges) for ranges in candidates])
+    return reference.nearness_each(copy, [_feeds(operands, ranges) for ranges in candidates])
 
 
 def _open_operands(

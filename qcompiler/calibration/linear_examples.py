@@ -194,7 +194,7 @@ class _Gatherer:
         if self._site.row.op_type == "Conv":
             self._rows.append(_patches(self._site, values, self._per_call, generator))
         else:
-            chosen = np.sort(generator.permutation(len(flat))[: self._per_call])
+            chosen = _chosen(flat, self._per_call, generator)
             group = int_attribute(self._site.node, "group", 1)
             rows = flat[chosen].reshape(len(chosen), group, -1)
             self._rows.append(np.swapaxes(rows, 0, 1).astype(np.float32))
@@ -220,6 +220,16 @@ class _Gatherer:
             low, high = np.minimum(low, known.minimum), np.maximum(high, known.maximum)
             total = total + known.mean_magnitude
         self._ranges = ChannelRanges(low, high, total)
+
+
+def _chosen(rows: Array, count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return which rows are kept: at random, but with that of the largest value.
+
+    In language models it is that of one token in hundreds, and rounding it is a task of its own.
+    """
+    largest = np.abs(rows).max(axis=1).argmax()
+    others = generator.permutation(len(rows))
+    return np.sort(np.append(others[others != largest][: count - 1], largest))
 
 
 def _patches(site: Site, values: Array, count: int, generator: np.random.Generator) -> F32:

@@ -14,10 +14,12 @@ from qcompiler.calibration.linear_examples import (
 )
 from qcompiler.calibration.outliers import outlier_channels
 from qcompiler.ir.channels.scaling import per_position
+from qcompiler.ir.dataflow import int_attribute
 from qcompiler.ir.provenance import QUANTIZED_INPUTS, scheme_of
 from qcompiler.ir.quantizable import Site, planned_spec
 from qcompiler.ir.weights import read_all
 from qcompiler.quant.arithmetic import dequantize
+from qcompiler.quant.granularity import PerTensor
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
 from qcompiler.quant.scheme import Activations
 
@@ -28,6 +30,10 @@ Array = npt.NDArray[Any]
 
 _SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Parts of the whole range that the range of an activation is looked for among."""
+_ROW_STEP: Final = 4
+"""The range is looked for on one example in so many."""
+_OUTPUTS: Final = 256
+"""Output channels of a weight that are looked at."""
 _STEPS: Final = 255
 """Steps of 8 bits."""
 
@@ -66,7 +72,10 @@ class QuantizedProduct:
             placed = QUANTIZED_INPUTS in site.node.metadata_props
             self._activations = Activations.STATIC if placed else Activations.FLOAT
         self._outliers = outlier_limit if self._keeps_outliers() else 0
-        self._weight = np.asarray(read_all(site.tensor), np.float32)
+        whole = np.asarray(read_all(site.tensor), np.float32)
+        matrix = self._matrix(whole)
+        self._extremes = matrix.min(axis=2), matrix.max(axis=2)
+        self._weight = _some_outputs(site, whole)
         self._exact = examples.rows @ self._matrix(self._weight)
 
     @property
@@ -76,20 +85,26 @@ class QuantizedProduct:
 
     def weight_extremes(self, count: int) -> tuple[F64, F64]:
         """Return smallest and largest weight of each of `count` channels; 0 where there is none."""
-        matrix = self._matrix(self._weight)
         low, high = np.zeros(count), np.zeros(count)
         rows = self._rows_of
         held = rows >= 0
-        np.minimum.at(low, rows[held], matrix.min(axis=2)[held])
-        np.maximum.at(high, rows[held], matrix.max(axis=2)[held])
+        np.minimum.at(low, rows[held], self._extremes[0][held])
+        np.maximum.at(high, rows[held], self._extremes[1][held])
         return low, high
 
-    def noise(self, scales: F64) -> Noise:
-        """Return the noise where the channels of the data are divided by `scales`."""
+    @property
+    def treatment(self) -> tuple[int, Activations, int]:
+        """What decides the data that is multiplied: ops that agree in it share `data`."""
+        return id(self._examples), self._activations, self._outliers
+
+    def data(self, scales: F64) -> F32:
+        """Return the examples divided by `scales`, rounded where the data is going to be."""
         by_row = per_position(self._rows_of, scales)[:, np.newaxis, :]
         rows = (self._examples.rows / by_row).astype(np.float32)
-        if self.quantizes_data:
-            rows = self._rounded(rows, scales)
+        return self._rounded(rows, scales) if self.quantizes_data else rows
+
+    def noise(self, rows: F32, scales: F64) -> Noise:
+        """Return the noise of the product of `data(scales)` and the rounded weight."""
         error = rows @ self._matrix(self._rounded_weight(scales)) - self._exact
         # Neighbouring examples go to different halves, as they come from the same call.
         return Noise(*(_ratio(error[:, part::2], self._exact[:, part::2]) for part in (0, 1)))
@@ -133,10 +148,11 @@ class QuantizedProduct:
         kept[list(outlier_channels(low, high, self._outliers))] = True
         inner = ~kept if self._outliers else np.ones(rows.shape[-1], np.bool_)
         whole = float(low[~kept].min()), float(high[~kept].max())
-        candidates = [_on_grid(rows, share * whole[0], share * whole[1]) for share in _SHARES]
-        errors = [float(np.square((c - rows)[..., inner]).sum()) for c in candidates]
-        best = candidates[int(np.argmin(errors))]
-        return np.where(inner, best, rows).astype(np.float32)
+        some = rows[:, ::_ROW_STEP, inner]
+        errors = [_on_grid(some, share * whole[0], share * whole[1]) - some for share in _SHARES]
+        share = _SHARES[int(np.argmin([float(np.square(error).sum()) for error in errors]))]
+        best = _on_grid(rows, share * whole[0], share * whole[1])
+        return np.where(inner, best, rows) if self._outliers else best
 
     def _keeps_outliers(self) -> bool:
         return self._site.row.op_type in ("MatMul", "Gemm") and not self._site.left
@@ -162,7 +178,27 @@ def _on_grid(rows: F32, low: float, high: float) -> F32:
     return np.asarray(np.clip(np.rint(rows / step), first, first + _STEPS) * step, np.float32)
 
 
+def _some_outputs(site: Site, weight: F32) -> F32:
+    """Return a weight with some of its output channels, where each has scales of its own."""
+    axis = site.axes.output
+    grouped = int_attribute(site.node, "group", 1) > 1
+    spec = planned_spec(site)
+    alone = spec is None or not isinstance(spec.granularity, PerTensor)
+    if axis is None or grouped or not alone or weight.shape[axis] <= _OUTPUTS:
+        return weight
+    chosen = np.linspace(0, weight.shape[axis] - 1, _OUTPUTS).astype(np.int64)
+    return np.ascontiguousarray(weight.take(chosen, axis=axis))
+
+
 def _ratio(error: F32, exact: F32) -> float:
-    signal = float(np.square(exact, dtype=np.float64).sum())
-    noise = float(np.square(error, dtype=np.float64).sum())
-    return noise / signal if signal > 0.0 else 0.0
+    """Return the mean over examples of the energy of the error over that of the product.
+
+    Every example counts, however large: on some tokens of language models values are a thousand
+    times as large as on the others, and would decide alone. Half of the typical energy is added to
+    that of an example, so that those where next to nothing is computed do not decide either.
+    """
+    signals = np.square(exact, dtype=np.float64).sum(axis=(0, 2))
+    noises = np.square(error, dtype=np.float64).sum(axis=(0, 2))
+    typical = float(np.median(signals)) if signals.size else 0.0
+    held = signals + typical > 0.0
+    return float(np.mean(2 * noises[held] / (signals[held] + typical))) if np.any(held) else 0.0

@@ -12,10 +12,13 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.held_out import spread
+from qcompiler.execution.differences import SMALLEST_PROBABILITY, Meaning, meaning_of
 from qcompiler.execution.sessions import Session, open_session
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.ranges import sqnr_db
 
+_ROW_BYTES: Final = 64 << 20
+"""Rows of distributions of one call that are compared, at most, as float64."""
 MOST_CALLS: Final = 8
 """Enough for a figure of a tenth of a decibel, and seconds of work."""
 
@@ -105,6 +108,8 @@ class Reference:
         custom_op_libraries: Sequence[Path] = (),
     ) -> None:
         self._libraries = tuple(custom_op_libraries)
+        found = {value.name or "": meaning_of(value) for value in model.graph.outputs}
+        self._meanings = {name: m for name, m in found.items() if m is not None}
         self._calls: list[tuple[Feeds, dict[str, npt.NDArray[Any]]]] = []
         with self._session(model) as session:
             for feeds in spread(samples, most_calls):
@@ -135,6 +140,33 @@ class Reference:
         with self._session(variant) as session:
             return [self._worst(session, setting) for setting in settings]
 
+    def nearness_each(self, variant: ir.Model, settings: Sequence[Feeds]) -> list[float]:
+        """Return a figure for each setting that is larger the nearer the outputs are.
+
+        Where outputs are distributions it is less their mean Kullback-Leibler divergence per row,
+        of the worst: the energy of logits is mostly that of a few rows. Elsewhere it is the SQNR.
+        """
+        if not self._meanings:
+            return self.sqnr_db_each(variant, settings)
+        with self._session(variant) as session:
+            return [-self._divergence(session, setting) for setting in settings]
+
+    def _divergence(self, session: Session, setting: Feeds) -> float:
+        sums = dict.fromkeys(self._meanings, 0.0)
+        rows = dict.fromkeys(self._meanings, 0)
+        for feeds, outputs in self._calls:
+            found = session.run(feeds | setting)
+            for name, meaning in self._meanings.items():
+                step = max(1, -(-8 * outputs[name].size // _ROW_BYTES))
+                wide, other = (
+                    each[name].reshape(-1, each[name].shape[-1])[::step]
+                    for each in (outputs, found)
+                )
+                sums[name] += _divergence(wide, other, meaning)
+                rows[name] += len(wide)
+        each = [sums[name] / max(1, rows[name]) for name in sums]
+        return max(each) if np.isfinite(each).all() else np.inf
+
     def _worst(self, session: Session, setting: Feeds) -> float:
         signal: dict[str, float] = {}
         noise: dict[str, float] = {}
@@ -160,6 +192,21 @@ def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energie
         entry.signal += _energy(values.astype(np.float64))
         entry.native += _distance(values, native[name])
         entry.emulated += _distance(values, emulated[name])
+
+
+def _divergence(truth: npt.NDArray[Any], other: npt.NDArray[Any], meaning: Meaning) -> float:
+    """Return the divergence of distributions from true ones, in nats, summed over rows."""
+    wide, close = truth.astype(np.float64), other.astype(np.float64)
+    if meaning is Meaning.PROBABILITIES:
+        logs = [np.log(np.maximum(each, SMALLEST_PROBABILITY)) for each in (wide, close)]
+    else:
+        logs = [_log_softmax(each) for each in (wide, close)]
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
+
+
+def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def _is_float(values: npt.NDArray[Any]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -14,7 +15,7 @@ from qcompiler.calibration.linear_examples import (
     channels_of_rows,
     weight_matrix,
 )
-from qcompiler.calibration.product_error import QuantizedProduct
+from qcompiler.calibration.product_error import Noise, QuantizedProduct
 from qcompiler.errors import UsageError
 from qcompiler.ir.provenance import annotate
 from qcompiler.ir.quantizable import Site, find_sites
@@ -133,6 +134,11 @@ def quantized(
 WEIGHT = random_array(16, 4, seed=7)
 
 
+def noise_of(product: QuantizedProduct, scales: npt.NDArray[np.float64] | None = None) -> Noise:
+    chosen = np.ones(16) if scales is None else scales
+    return product.noise(product.data(chosen), chosen)
+
+
 def test_noise_of_weights_alone_is_that_of_rounding_them() -> None:
     product, rows, weight = quantized("w4a16:sym")
     assert not product.quantizes_data
@@ -140,28 +146,28 @@ def test_noise_of_weights_alone_is_that_of_rounding_them() -> None:
         weight, QSpec(INT4, PerAxis(1), symmetric=True), RangeMethod.MIN_MAX, np.float32
     )
     rounded = found_codes.codes * found_codes.scale
-    for part, found in enumerate(
-        (product.noise(np.ones(16)).fit, product.noise(np.ones(16)).judge)
-    ):
+    for part, found in enumerate((noise_of(product).fit, noise_of(product).judge)):
         exact = rows[part::2] @ weight
-        error = rows[part::2] @ rounded - exact
-        assert found == pytest.approx(float((error**2).sum() / (exact**2).sum()), rel=1e-4)
+        signals = (exact**2).sum(axis=1)
+        noises = ((rows[part::2] @ rounded - exact) ** 2).sum(axis=1)
+        expected = np.mean(2 * noises / (signals + np.median(signals)))
+        assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_noise_of_rounded_data_falls_when_an_outlier_is_scaled_down() -> None:
     product, _, _ = quantized("w8a8:sym", {"quantized_inputs": "[0]"})
     assert product.quantizes_data
-    assert product.noise(np.ones(16)).judge < 1e-3
+    assert noise_of(product).judge < 1e-3
     worse = np.ones(16)
     worse[3] = 1 / 200  # makes channel 3 two hundred times as large
-    assert product.noise(worse).judge > 100 * product.noise(np.ones(16)).judge
+    assert noise_of(product, worse).judge > 100 * noise_of(product).judge
 
 
 def test_channels_that_stay_in_float_do_not_widen_the_range() -> None:
     scales = np.ones(16)
     scales[3] = 1 / 200
     noises = [
-        quantized("w8a8:sym", {"quantized_inputs": "[0]"}, outlier_limit=limit)[0].noise(scales)
+        noise_of(quantized("w8a8:sym", {"quantized_inputs": "[0]"}, outlier_limit=limit)[0], scales)
         for limit in (0, 8)
     ]
     assert noises[1].judge < noises[0].judge / 20
