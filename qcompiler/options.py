@@ -57,7 +57,7 @@ class EqualizationOptions:
     method: EqualizationMethod | None = EqualizationMethod.AUTO
     alpha: float = 0.5
     percentile: float | None = None
-    insert_mul: InsertMul = InsertMul.NEVER
+    insert_mul: InsertMul = InsertMul.NORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class CompileOptions:
         exclude: Node name patterns (glob, or /regex/) that stay in float.
         calibration: Samples that activation ranges come from, None without; a text is where
             they are.
-        equalization: How channels are equalized where there are samples.
+        equalization: How channels are equalized where there are samples; None takes the recipe's
+            method, or "auto".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
         metric: `module:function` that measures a model, higher is better (`calibration.metric`).
@@ -100,7 +101,7 @@ class CompileOptions:
     target: str = "onnxruntime"
     exclude: tuple[str, ...] = ()
     calibration: CalibrationOptions | str | None = None
-    equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
+    equalization: EqualizationOptions | None = None
     min_output_sqnr: float | None = None
     metric: str | None = None
     max_metric_drop: float | None = None

@@ -113,7 +113,8 @@ def make_plan(options: CompileOptions) -> Plan:
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
-    calibration = _calibration(options, schemes)
+    equalization = options.equalization or EqualizationOptions(recipe.equalize)
+    calibration = _calibration(options, schemes, equalization)
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -125,7 +126,7 @@ def make_plan(options: CompileOptions) -> Plan:
         tuple(RunUserPass(reference) for reference in options.user_passes),
         calibration,
         static,
-        options.equalization,
+        equalization,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
         never_slower=static and options.never_slower is not False,
@@ -135,11 +136,11 @@ def make_plan(options: CompileOptions) -> Plan:
 
 
 def _calibration(
-    options: CompileOptions, schemes: Sequence[QScheme | None]
+    options: CompileOptions, schemes: Sequence[QScheme | None], equalization: EqualizationOptions
 ) -> CalibrationOptions | None:
     """Return how to calibrate, None where nothing needs it."""
     static = next((s for s in schemes if s and s.activations is Activations.STATIC), None)
-    if static is None and (options.calibration is None or options.equalization.method is None):
+    if static is None and (options.calibration is None or equalization.method is None):
         return None
     if options.calibration is None:
         message = f"{static} needs samples to find the ranges of activations"

@@ -100,7 +100,7 @@ class EqualizeChannels(Pass):
         """Return the group that a Mul would make of a refused value, or why there is none."""
         if self.options.insert_mul is InsertMul.NEVER:
             return refusal.reason
-        if self.options.insert_mul is InsertMul.NORMS and not _is_bare_norm(refusal.data):
+        if self.options.insert_mul is InsertMul.NORMS and not is_bare_norm(refusal.data):
             return refusal.reason
         group = group_behind_mul(refusal.data, refusal.readers)
         return f"{refusal.reason}; and {group}" if isinstance(group, str) else group
@@ -138,7 +138,7 @@ class EqualizeChannels(Pass):
         names = ", ".join(node_name(reader.site.node) for reader in group.readers)
         before, after = decibels(choice.before), decibels(choice.after)
         if not choice.equalizes:
-            _note(group, "none")
+            _note(group, f"no, {before:.1f} dB as they are, {after:.1f} dB with the best scales")
             reason = (
                 f"no scales make the outputs of {names} better: {before:.1f} dB as they are, "
                 f"{after:.1f} dB with the best"
@@ -148,7 +148,7 @@ class EqualizeChannels(Pass):
             changed = scale_group(group, choice.scales, context.store, taken, self.name)
         except NotFoldableError as error:
             return Skip(RULE, node_name(first.site.node), f"{error}")
-        _note(group, choice.label)
+        _note(group, f"by {choice.label}, from {before:.1f} to {after:.1f} dB")
         takers = [node_name(n) for n in changed if n not in {r.site.node for r in group.readers}]
         spread = float(choice.scales.max() / choice.scales.min())
         detail = (
@@ -176,12 +176,12 @@ def _is_wanted(site: Site, model: ir.Model) -> bool:
     )
 
 
-def _note(group: ChannelGroup, label: str) -> None:
+def _note(group: ChannelGroup, text: str) -> None:
     for reader in group.readers:
-        annotate(reader.site.node, equalized=label)
+        annotate(reader.site.node, equalized=text)
 
 
-def _is_bare_norm(value: ir.Value) -> bool:
+def is_bare_norm(value: ir.Value) -> bool:
     """Whether a value is computed by the Mul that ends a norm without a weight of its own."""
     producer = value.producer()
     if producer is None or producer.op_type not in ("Mul", "Div") or len(producer.inputs) != 2:

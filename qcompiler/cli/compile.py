@@ -9,6 +9,8 @@ from qcompiler.cli.options import (
     MODEL,
     calibration_of,
     calibration_options,
+    equalization_of,
+    equalization_options,
     latency_options,
     plan_options,
 )
@@ -19,6 +21,7 @@ from qcompiler.cli.options import (
 @click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
 @plan_options
 @calibration_options
+@equalization_options
 @latency_options
 @click.option(
     "--min-output-sqnr",
@@ -79,6 +82,7 @@ def command(
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration,
+        equalization=equalization_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

@@ -10,7 +10,7 @@ import click
 from qcompiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcompiler.options import CalibrationOptions
+    from qcompiler.options import CalibrationOptions, EqualizationOptions
 
 MODEL = click.Path(path_type=Path)
 
@@ -124,6 +124,61 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def equalization_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how channels are equalized, which takes samples."""
+    decorators: list[Decorator] = [
+        click.option(
+            "--equalize",
+            type=click.Choice(
+                ["auto", "aweq", "smoothquant", "smoothquant-searched", "awq", "none"]
+            ),
+            help="Which scales move range between data and weights; auto tries all and takes one "
+            "only where it helps.  [default: the recipe's, or auto]",
+        ),
+        click.option(
+            "--equalize-alpha",
+            type=click.FloatRange(0, 1),
+            default=0.5,
+            show_default=True,
+            help="Share of the data's range that goes to the weights, for smoothquant.",
+        ),
+        click.option(
+            "--equalize-percentile",
+            type=click.FloatRange(0, 100, min_open=True),
+            help="Percent of the data that its range covers, for equalizing.  [default: all]",
+        ),
+        click.option(
+            "--equalize-insert-mul",
+            type=click.Choice(["never", "norms", "always"]),
+            default="norms",
+            show_default=True,
+            help="Where a Mul may be put in: behind norms without a weight, or anywhere.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
+    """Take the values of `equalization_options` out of a command's; None leaves it to the recipe.
+
+    Raises:
+        UsageError: A value belongs to a method that was not asked for.
+    """
+    from qcompiler.options import EqualizationOptions
+    from qcompiler.quant.equalization import EqualizationMethod, InsertMul
+
+    method = values.pop("equalize")
+    alpha = values.pop("equalize_alpha")
+    percentile = values.pop("equalize_percentile")
+    insert_mul = InsertMul(values.pop("equalize_insert_mul"))
+    if method is None and percentile is None and insert_mul is InsertMul.NORMS:
+        return None
+    chosen = None if method == "none" else EqualizationMethod(method or "auto")
+    return EqualizationOptions(chosen, alpha, percentile, insert_mul)
 
 
 def latency_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from qcompiler.cli.options import MODEL, calibration_of, calibration_options, plan_options
+from qcompiler.cli.options import (
+    MODEL,
+    calibration_of,
+    calibration_options,
+    equalization_of,
+    equalization_options,
+    plan_options,
+)
 
 
 @click.command("run-pass")
@@ -15,6 +22,7 @@ from qcompiler.cli.options import MODEL, calibration_of, calibration_options, pl
 @click.option("-o", "--output", type=MODEL, required=True, help="Where the model goes.")
 @plan_options
 @calibration_options
+@equalization_options
 def command(
     name: str,
     model: Path,
@@ -37,7 +45,13 @@ def command(
 
     method = None if weight_range is None else RangeMethod(weight_range)
     calibration = calibration_of(others)
-    options = CompileOptions(recipe=recipe, calibration=calibration, weight_range=method, **others)
+    options = CompileOptions(
+        recipe=recipe,
+        calibration=calibration,
+        equalization=equalization_of(others),
+        weight_range=method,
+        **others,
+    )
     graph = load_model(model)
     plan = with_data(make_plan(options), graph, lambda: fingerprint(model))
     rewrite = pass_named(name, plan)

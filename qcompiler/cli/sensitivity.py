@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcompiler.cli.options import MODEL, calibration_of, calibration_options, plan_options
+from qcompiler.cli.options import (
+    MODEL,
+    calibration_of,
+    calibration_options,
+    equalization_of,
+    equalization_options,
+    plan_options,
+)
 
 if TYPE_CHECKING:
     from qcompiler.sensitivity import Sensitivity
@@ -15,6 +22,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=MODEL)
 @plan_options
 @calibration_options
+@equalization_options
 @click.option(
     "--mode",
     type=click.Choice(["local", "exact"]),
@@ -60,6 +68,7 @@ def command(
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration_of(others),
+        equalization=equalization_of(others),
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         custom_op_libraries=custom_ops,
         **others,

@@ -15,13 +15,13 @@ F64 = npt.NDArray[np.float64]
 
 LARGEST_SCALE: Final = 1e3
 """Scales are kept between this and its reciprocal."""
-ALPHAS: Final = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ALPHAS: Final = (0.5, 0.7, 0.8, 0.9, 1.0)
 """Shares of the activation's range that are tried for quantized activations."""
-EXPONENTS: Final = tuple(round(0.1 * step, 1) for step in range(1, 11))
+EXPONENTS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Exponents that are tried for weights alone."""
 
 
-EXPONENTS_OF_DATA: Final = (0.5, 0.7, 0.9)
+EXPONENTS_OF_DATA: Final = (0.7,)
 """Those of them that are tried where the data is rounded too: what is typical of a channel then
 decides, and a channel that is large on few tokens may stay in float."""
 

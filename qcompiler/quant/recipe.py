@@ -4,6 +4,7 @@
 version = 1
 default = "w8a16"             # for ops that no rule matches; "float" when absent
 weight_range = "weighted-mse" # or "mse", "min-max"; the run decides when absent
+equalize = "auto"             # or another EqualizationMethod, or "none"; needs samples
 
 [[rule]]
 name = "*/lm_head*"           # glob on node names, or "/regex/"; the whole name, case matters
@@ -22,10 +23,12 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
 from qcompiler.quant.selector import (
@@ -39,7 +42,9 @@ from qcompiler.quant.selector import (
 __all__ = ["Recipe", "Rule", "Selector", "nearest"]
 
 _VERSION = 1
-_RECIPE_KEYS = ("version", "default", "weight_range", "rule")
+_NONE = "none"
+_Choice = TypeVar("_Choice", bound=StrEnum)
+_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "rule")
 _RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
 
 
@@ -73,11 +78,13 @@ class Recipe:
         rules: In order of precedence.
         default: Scheme of nodes no rule matches; None keeps them in float.
         weight_range: How weight ranges are chosen, or None to leave it to the run.
+        equalize: How channels are equalized where there are samples; None leaves them.
     """
 
     rules: tuple[Rule, ...] = ()
     default: QScheme | None = None
     weight_range: RangeMethod | None = None
+    equalize: EqualizationMethod | None = EqualizationMethod.AUTO
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -151,7 +158,8 @@ class Recipe:
         return cls(
             tuple(_rule(rule, number, where) for number, rule in enumerate(rules, start=1)),
             None if default is None else _scheme(default, f"{where}: default"),
-            _weight_range(table, where),
+            _choice(table, "weight_range", RangeMethod, where),
+            _equalize(table, where),
         )
 
     def to_toml(self) -> str:
@@ -159,6 +167,8 @@ class Recipe:
         lines = [f"version = {_VERSION}", f"default = {_quote(_scheme_text(self.default))}"]
         if self.weight_range is not None:
             lines.append(f"weight_range = {_quote(self.weight_range.value)}")
+        if self.equalize is not EqualizationMethod.AUTO:
+            lines.append(f"equalize = {_quote(self.equalize.value if self.equalize else _NONE)}")
         for rule in self.rules:
             lines += ["", "[[rule]]", *_rule_lines(rule)]
         return "\n".join(lines) + "\n"
@@ -232,16 +242,24 @@ def _scheme(text: str, where: str) -> QScheme | None:
         raise UsageError(error.message, where=where, hint=error.hint) from error
 
 
-def _weight_range(table: Mapping[str, Any], where: str) -> RangeMethod | None:
-    text = _string(table, "weight_range", where)
+def _choice(table: Mapping[str, Any], key: str, kind: type[_Choice], where: str) -> _Choice | None:
+    """Return a member of an enumeration by its value, None where the key is absent."""
+    text = _string(table, key, where)
     if text is None:
         return None
     try:
-        return RangeMethod(text)
+        return kind(text)
     except ValueError as error:
-        known = " or ".join(repr(method.value) for method in RangeMethod)
-        message = f"'weight_range' is {text!r}, not {known}"
+        known = " or ".join(repr(member.value) for member in kind)
+        message = f"'{key}' is {text!r}, not {known}"
         raise UsageError(message, where=where) from error
+
+
+def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None:
+    if table.get("equalize") == _NONE:
+        return None
+    found = _choice(table, "equalize", EqualizationMethod, where)
+    return EqualizationMethod.AUTO if found is None else found
 
 
 def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:

@@ -62,6 +62,7 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 rule=facts.get("rule", ""),
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
+                equalized=facts.get("equalized"),
                 region=int(facts["region"]) if "region" in facts else None,
                 float_ms=_number(facts.get("float_ms")),
                 quantized_ms=_number(facts.get("quantized_ms")),

@@ -50,6 +50,8 @@ class NodeReport:
             in float; None if it was not measured.
         quantized_ms: What it takes as it was left; what it would take quantized, where it was left
             in float.
+        equalized: By which scales the channels of its data were equalized, and what that did to
+            the error of its product on samples; None where they were not looked at.
     """
 
     name: str
@@ -69,6 +71,7 @@ class NodeReport:
     region: int | None = None
     float_ms: float | None = None
     quantized_ms: float | None = None
+    equalized: str | None = None
 
     @property
     def quantized(self) -> bool:

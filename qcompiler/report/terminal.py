@@ -191,6 +191,8 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
     yield f"  scheme   {node.scheme}"
     yield f"  rule     {node.rule}"
     yield f"  reason   {node.reason}"
+    if node.equalized is not None:
+        yield f"  scaled   {node.equalized}"
     if node.placement is not None:
         yield f"  placed   by rule {node.placement}, in integer region {node.region}"
     if node.float_ms is not None and node.quantized_ms is not None:

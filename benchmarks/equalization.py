@@ -1,0 +1,180 @@
+"""What equalizing channels does to quantized models, by method, with and without planted outliers.
+
+    python -m benchmarks.equalization                       everything, hours
+    python -m benchmarks.equalization --models cifar_cnn,minilm
+    python -m benchmarks.equalization --models smollm2_folded --schemes w8a8 --resume
+
+Every model comes twice: as it is, and with outlier channels planted that change nothing of what it
+computes (`planted`). Ranges of activations come from min-max and mse observers and whatever else
+the compiler tries; latency is not measured and nothing falls back. Each arm is scored as ONNX
+Runtime runs it. Results go to benchmarks/results/equalization.json, the table to equalization.md.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
+from benchmarks.markdown_table import MISSING, measured_with, table
+from benchmarks.planted import plant_outliers
+from benchmarks.results_file import FOLDER, Results
+from benchmarks.runtime import output_sqnr
+from qcompiler import CompileOptions, compile_model
+from qcompiler.options import CalibrationOptions, EqualizationOptions
+from qcompiler.passes.equalize.equalize_channels import EqualizeChannels
+from qcompiler.quant.equalization import EqualizationMethod
+
+PLANTED: Final = "-planted"
+MODELS: Final = ("cifar_cnn", "minilm", "smollm2_folded", "smollm2_raw")
+SCHEMES: Final = ("w8a8", "w4a16", "w4a16:b128", "w3a16", "w3a16:b128")
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to equalize.
+
+    Attributes:
+        method: As the compiler calls it; None leaves the model as it is.
+        correct_bias: Whether biases are corrected after it.
+    """
+
+    method: EqualizationMethod | None
+    correct_bias: bool = False
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "none": Method(None),
+    "smoothquant 0.5": Method(EqualizationMethod.SMOOTHQUANT),
+    "smoothquant searched": Method(EqualizationMethod.SMOOTHQUANT_SEARCHED),
+    "aweq": Method(EqualizationMethod.AWEQ),
+    "awq": Method(EqualizationMethod.AWQ),
+    "auto": Method(EqualizationMethod.AUTO),
+}
+
+
+def measure(
+    source: Path, workload: Int8Workload, calls: Path, scheme: str, method: Method, limit: int
+) -> Facts:
+    """Compile one arm and score it."""
+    options = CompileOptions(
+        scheme=scheme,
+        calibration=CalibrationOptions(str(calls)),
+        equalization=EqualizationOptions(method.method),
+        never_slower=False,
+        inspect_kernels=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "compiled.onnx"
+        begin = perf_counter()
+        result = compile_model(source, options, output=output)
+        seconds = perf_counter() - begin
+        score = workload.task.evaluate(output, limit)
+        sqnr = output_sqnr(source, output, workload.feeds())
+    passes = {record.name: record for record in result.report.passes}
+    equalizing = passes.get(EqualizeChannels.name)
+    return {
+        "score": score[workload.task.metric],
+        "sqnr_db": sqnr,
+        "seconds": seconds,
+        "equalize_seconds": 0.0 if equalizing is None else equalizing.seconds,
+        "peak_bytes": result.report.summary.peak_memory_bytes,
+        "groups": 0 if equalizing is None else equalizing.rewrites,
+    }
+
+
+def float_score(source: Path, workload: Int8Workload, limit: int) -> Facts:
+    """Score the model that everything is compared with."""
+    return {"score": workload.task.evaluate(source, limit)[workload.task.metric]}
+
+
+def measure_model(name: str, arguments: argparse.Namespace, results: Results) -> None:
+    """Measure all arms of one model that are asked for."""
+    workload = INT8_WORKLOADS[name.removesuffix(PLANTED)]
+    limit = workload.task.quick if arguments.quick else workload.task.full
+    with tempfile.TemporaryDirectory() as folder:
+        calls = Path(folder) / "calls"
+        calls.mkdir()
+        write_calls(calls, workload.samples())
+        source = workload.task.build()
+        if name.endswith(PLANTED):
+            planted = Path(folder) / "planted.onnx"
+            count = plant_outliers(source, planted)
+            print(f"{name}: {count} channels planted", flush=True)
+            source = planted
+        record = results.model(name)
+        if not (arguments.resume and record["float"]):
+            record["float"] = float_score(source, workload, limit)
+        print(f"{name} float: {record['float']}", flush=True)
+        for scheme in arguments.schemes:
+            for label in arguments.methods:
+                arm = f"{scheme} {label}"
+                if arguments.resume and results.arm(name, arm):
+                    continue
+                facts = measure(source, workload, calls, scheme, METHODS[label], limit)
+                results.put(name, arm, facts)
+                print(f"{name} {arm}: {json.dumps(facts)}", flush=True)
+    results.markdown.write_text(markdown(results.content), encoding="utf-8")
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return all tables: one per model, schemes down and methods across."""
+    parts = measured_with(content)
+    for name, record in content["models"].items():
+        metric = INT8_WORKLOADS[name.removesuffix(PLANTED)].task.metric
+        parts += ["", f"### {name}: {metric} (float {record['float']['score']:.2f})", ""]
+        arms = record["arms"]
+        parts += table(
+            {
+                scheme: {label: _cell(arms.get(f"{scheme} {label}")) for label in METHODS}
+                for scheme in SCHEMES
+                if any(f"{scheme} {label}" in arms for label in METHODS)
+            }
+        )
+    return "\n".join(parts) + "\n"
+
+
+def _cell(facts: Facts | None) -> str:
+    return MISSING if not facts else f"{facts['score']:.2f} ({facts['sqnr_db']:.1f} dB)"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    names = [f"{name}{suffix}" for name in MODELS for suffix in ("", PLANTED)]
+    parser.add_argument("--models", type=_list_of(names), default=names)
+    parser.add_argument("--schemes", type=_list_of(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--methods", type=_list_of(METHODS), default=list(METHODS))
+    parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
+    parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
+    chosen = parser.parse_args(arguments)
+    results = Results([Path(sys.argv[0]).name, *sys.argv[1:]], chosen.folder, "equalization")
+    for name in chosen.models:
+        measure_model(name, chosen, results)
+
+
+_Raw = argparse.RawDescriptionHelpFormatter
+
+
+def _list_of(known: Sequence[str] | Mapping[str, object]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            message = f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
+            raise argparse.ArgumentTypeError(message)
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()
