@@ -84,8 +84,9 @@ def choose_scales(
 ) -> Choice:
     """Try scales on a group's ops as they are going to be quantized, and return the best.
 
-    Half of the examples choose among the candidates. With the method `auto`, the other half
-    decides whether the best of them is better than leaving the group as it is.
+    Half of the calls say which range the data has; on the others it may be exceeded, and scales
+    that leave no room anywhere lose. With the method `auto` they also decide whether the best
+    scales are better than leaving the group as it is.
     """
     products = [
         QuantizedProduct(r.site, r.channels, examples[r.site], options.outlier_limit)
@@ -99,7 +100,7 @@ def choose_scales(
         candidates = {label: powers_of_two(scales) for label, scales in candidates.items()}
     plain = _noise(products, np.ones(group.count))
     noises = {label: _noise(products, scales) for label, scales in candidates.items()}
-    best = min(noises, key=lambda label: noises[label].fit)
+    best = min(noises, key=lambda label: noises[label].fit + noises[label].judge)
     judged = options.method is EqualizationMethod.AUTO
     if judged and noises[best].judge > _LEAST_GAIN * plain.judge:
         return Choice("none", np.ones(group.count), plain.judge, noises[best].judge)
@@ -177,4 +178,4 @@ def _clipped(reader: Reader, examples: Examples, percentile: float) -> Examples:
         minimum=np.minimum(low, 0.0).astype(np.float64),
         maximum=np.maximum(high, 0.0).astype(np.float64),
     )
-    return Examples(examples.rows, ranges)
+    return replace(examples, ranges=ranges)

@@ -37,6 +37,15 @@ class ChannelRanges:
     maximum: F64
     mean_magnitude: F64
 
+    def joined(self, other: "ChannelRanges", count: int, others: int) -> "ChannelRanges":
+        """Return the ranges of what both were taken of, of `count` and `others` examples."""
+        total = count * self.mean_magnitude + others * other.mean_magnitude
+        return ChannelRanges(
+            np.minimum(self.minimum, other.minimum),
+            np.maximum(self.maximum, other.maximum),
+            total / (count + others),
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
@@ -44,12 +53,17 @@ class Examples:
 
     Attributes:
         rows: float32 `[groups, examples, K]`; groups is 1 but for grouped convolutions. K runs in
-            the order of `weight_matrix`.
+            the order of `weight_matrix`. Those of every other call come first.
         ranges: Of the whole data, by channel.
+        split: How many rows come first.
+        first_ranges: Of the calls that these rows are from: what calibration on them alone would
+            see, so that the other rows show what lies beyond.
     """
 
     rows: F32
     ranges: ChannelRanges
+    split: int
+    first_ranges: ChannelRanges
 
 
 def weight_matrix(site: Site, values: Array) -> Array:
@@ -179,9 +193,7 @@ class _Gatherer:
     def __init__(self, site: Site, per_call: int) -> None:
         self._site = site
         self._per_call = per_call
-        self._rows: list[F32] = []
-        self._ranges: ChannelRanges | None = None
-        self._count = 0
+        self._halves = (_Half(), _Half())
 
     def add(self, values: Array, call: int) -> None:
         if not values.size:
@@ -191,35 +203,50 @@ class _Gatherer:
         table = np.moveaxis(values, axis, -1)
         flat = table.reshape(-1, table.shape[-1])
         generator = np.random.default_rng(call)
+        half = self._halves[call % 2]
         if self._site.row.op_type == "Conv":
-            self._rows.append(_patches(self._site, values, self._per_call, generator))
+            half.rows.append(_patches(self._site, values, self._per_call, generator))
         else:
             chosen = _chosen(flat, self._per_call, generator)
             group = int_attribute(self._site.node, "group", 1)
             rows = flat[chosen].reshape(len(chosen), group, -1)
-            self._rows.append(np.swapaxes(rows, 0, 1).astype(np.float32))
-        self._widen(flat)
+            half.rows.append(np.swapaxes(rows, 0, 1).astype(np.float32))
+        half.widen(flat)
 
     def examples(self) -> Examples:
-        empty = np.zeros(0)
-        if not self._rows or self._ranges is None:
-            return Examples(np.zeros((1, 0, 0), np.float32), ChannelRanges(empty, empty, empty))
-        ranges = self._ranges
-        means = ranges.mean_magnitude / self._count
-        return Examples(
-            np.concatenate(self._rows, axis=1),
-            ChannelRanges(ranges.minimum, ranges.maximum, means),
-        )
+        first, second = self._halves
+        rows = [*first.rows, *second.rows]
+        if not rows:
+            nothing = _Half().ranges()
+            return Examples(np.zeros((1, 0, 0), np.float32), nothing, 0, nothing)
+        joined = np.concatenate(rows, axis=1)
+        if not (first.rows and second.rows):  # a single call
+            whole = (first if first.rows else second).ranges()
+            return Examples(joined, whole, joined.shape[1] // 2, whole)
+        split = sum(part.shape[1] for part in first.rows)
+        both = first.ranges().joined(second.ranges(), first.count, second.count)
+        return Examples(joined, both, split, first.ranges())
 
-    def _widen(self, flat: Array) -> None:
+
+class _Half:
+    """What every other call gave."""
+
+    def __init__(self) -> None:
+        self.rows: list[F32] = []
+        self.count = 0
+        self._low = self._high = self._total = np.zeros(0)
+
+    def widen(self, flat: Array) -> None:
         low, high = flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
         total = np.abs(flat).sum(axis=0, dtype=np.float64)
-        self._count += len(flat)
-        known = self._ranges
-        if known is not None:
-            low, high = np.minimum(low, known.minimum), np.maximum(high, known.maximum)
-            total = total + known.mean_magnitude
-        self._ranges = ChannelRanges(low, high, total)
+        if self.count:
+            low, high = np.minimum(low, self._low), np.maximum(high, self._high)
+            total = total + self._total
+        self._low, self._high, self._total = low, high, total
+        self.count += len(flat)
+
+    def ranges(self) -> ChannelRanges:
+        return ChannelRanges(self._low, self._high, self._total / max(1, self.count))
 
 
 def _chosen(rows: Array, count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -43,8 +43,8 @@ class Noise:
     """Energy of an error over that of the exact product.
 
     Attributes:
-        fit: On the examples that scales are chosen with.
-        judge: On the others.
+        fit: On the examples of the calls that the range of the data is taken from.
+        judge: On the others, which may exceed it.
     """
 
     fit: float
@@ -106,8 +106,13 @@ class QuantizedProduct:
     def noise(self, rows: F32, scales: F64) -> Noise:
         """Return the noise of the product of `data(scales)` and the rounded weight."""
         error = rows @ self._matrix(self._rounded_weight(scales)) - self._exact
-        # Neighbouring examples go to different halves, as they come from the same call.
-        return Noise(*(_ratio(error[:, part::2], self._exact[:, part::2]) for part in (0, 1)))
+        split = self._examples.split
+        return Noise(
+            *(
+                _ratio(error[:, part], self._exact[:, part])
+                for part in (slice(split), slice(split, None))
+            )
+        )
 
     def _rounded_weight(self, scales: F64) -> F32:
         spec = planned_spec(self._site)
@@ -139,7 +144,7 @@ class QuantizedProduct:
 
     def _rounded(self, rows: F32, scales: F64) -> F32:
         """Round data to 8 bits as calibration would, its outlier channels left alone."""
-        ranges = self._examples.ranges
+        ranges = self._examples.first_ranges
         factors = per_position(self._channels, scales)
         low, high = ranges.minimum / factors, ranges.maximum / factors
         if self._activations is Activations.DYNAMIC:

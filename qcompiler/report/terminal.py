@@ -191,15 +191,7 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
     yield f"  scheme   {node.scheme}"
     yield f"  rule     {node.rule}"
     yield f"  reason   {node.reason}"
-    if node.equalized is not None:
-        yield f"  scaled   {node.equalized}"
-    if node.placement is not None:
-        yield f"  placed   by rule {node.placement}, in integer region {node.region}"
-    if node.float_ms is not None and node.quantized_ms is not None:
-        yield (
-            f"  latency  {node.float_ms:.3f} ms in float, {node.quantized_ms:.3f} ms quantized "
-            "(its region and what shares its inputs)"
-        )
+    yield from _activations(node)
     if node.weight is not None:
         yield f"  weight   {node.weight}: {node.elements} elements"
         yield (
@@ -214,6 +206,19 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
         for skip in record.skips:
             if skip.node == node.name and skip.reason != node.reason:
                 yield f"  {record.name} left it alone ({skip.rule}): {skip.reason}"
+
+
+def _activations(node: NodeReport) -> Iterator[str]:
+    """Yield what is known of a node's data."""
+    if node.equalized is not None:
+        yield f"  scaled   {node.equalized}"
+    if node.placement is not None:
+        yield f"  placed   by rule {node.placement}, in integer region {node.region}"
+    if node.float_ms is not None and node.quantized_ms is not None:
+        yield (
+            f"  latency  {node.float_ms:.3f} ms in float, {node.quantized_ms:.3f} ms quantized "
+            "(its region and what shares its inputs)"
+        )
 
 
 def print_inspection(found: dict[str, Any], console: Console | None = None) -> None:
