@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe, Rule, Selector, nearest
 from qcompiler.quant.scheme import parse_scheme
@@ -44,6 +45,18 @@ def test_a_full_recipe_is_read() -> None:
     )
     assert recipe.rules[0].label == "rule 1: name=*/lm_head* op_type=MatMul"
     assert recipe.rules[1].label == 'rule 2: block=0-3,7 between=x "quoted"..y\\z'
+
+
+@pytest.mark.parametrize(
+    ("value", "method"),
+    [("none", None), ("aweq", EqualizationMethod.AWEQ), ("auto", EqualizationMethod.AUTO)],
+)
+def test_equalization_is_read_and_written(value: str, method: EqualizationMethod | None) -> None:
+    text = f'version = 1\ndefault = "w8a8"\nequalize = "{value}"\n'
+    recipe = Recipe.from_text(text, "r.toml")
+    assert recipe.equalize is method
+    assert Recipe.from_text(recipe.to_toml(), "r.toml") == recipe
+    assert Recipe.from_text("version = 1", "r.toml").equalize is EqualizationMethod.AUTO
 
 
 def test_toml_text_round_trips_byte_for_byte() -> None:
@@ -103,9 +116,12 @@ FAULTS = {
     "version = true": "r.toml: the recipe's version is True",
     "version = '1'": "r.toml: the recipe's version is '1'",
     "version = 1\ndefalt = 'w8a16'": "unknown key 'defalt' (did you mean 'default'?)",
-    "version = 1\nzzz = 1": "unknown key 'zzz' (known: version, default, weight_range, rule)",
+    "version = 1\nzzz = 1": (
+        "unknown key 'zzz' (known: version, default, weight_range, equalize, rule)"
+    ),
     "version = 1\ndefault = 8": "r.toml: 'default' is 8, not a string",
     "version = 1\ndefault = 'w9'": "r.toml: default: 'w9' is not a scheme (forms: ",
+    "version = 1\nequalize = 'more'": "'equalize' is 'more', not 'auto' or 'aweq' or 'smoothquant'",
     "version = 1\nweight_range = 'max'": "'weight_range' is 'max', not 'min-max' or 'mse'",
     "version = 1\nrule = 3": "r.toml: 'rule' is not a list of tables (write [[rule]])",
     "version = 1\nrule = [3]": "'rule' is not a list of tables",
