@@ -29,7 +29,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calls")
     for seed in range(6):
         images = np.abs(random_array(8, 1, 8, 8, seed=seed)).clip(0, 1)
-        np.savez(folder / f"{seed}.npz", **{_input_name(): images})
+        np.savez(folder / f"{seed}.npz", **{_input_name(): images})  # type: ignore[arg-type]
     return folder
 
 
