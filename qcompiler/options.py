@@ -20,6 +20,15 @@ class Verification(StrEnum):
     """All of that, and the model's outputs against those before the pass."""
 
 
+class Reconstruction(StrEnum):
+    """How codes of weights are chosen."""
+
+    NONE = "none"
+    """Each weight alone, to the nearest code; needs no samples."""
+    GPTQ = "gptq"
+    """Column by column, so that errors make up for each other in the ops' outputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
     """How ranges of activations are found.
@@ -73,6 +82,8 @@ class CompileOptions:
             they are.
         equalization: How channels are equalized where there are samples; None takes the recipe's
             method, or "auto".
+        reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
+        device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
         metric: `module:function` that measures a model, higher is better (`calibration.metric`).
@@ -102,6 +113,8 @@ class CompileOptions:
     exclude: tuple[str, ...] = ()
     calibration: CalibrationOptions | str | None = None
     equalization: EqualizationOptions | None = None
+    reconstruct: Reconstruction = Reconstruction.NONE
+    device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None
     max_metric_drop: float | None = None

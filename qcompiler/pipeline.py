@@ -11,7 +11,12 @@ from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
 from qcompiler.errors import UsageError
-from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
+from qcompiler.options import (
+    CalibrationOptions,
+    CompileOptions,
+    EqualizationOptions,
+    Reconstruction,
+)
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
@@ -40,6 +45,7 @@ from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
+from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
@@ -77,6 +83,8 @@ class Plan:
         calibration: Where samples are and how ranges are found, None where no pass needs any.
         static: Whether a scheme has calibrated activations.
         equalization: How channels are equalized.
+        reconstruct: How codes of weights are chosen.
+        device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
             the model is known.
@@ -94,6 +102,8 @@ class Plan:
     calibration: CalibrationOptions | None = None
     static: bool = False
     equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
+    reconstruct: Reconstruction = Reconstruction.NONE
+    device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
     bound: OutputBound | None = None
@@ -115,6 +125,9 @@ def make_plan(options: CompileOptions) -> Plan:
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
     calibration = _calibration(options, schemes, equalization)
+    if options.reconstruct is not Reconstruction.NONE and calibration is None:
+        message = f"--reconstruct {options.reconstruct} needs samples to see what ops compute"
+        raise UsageError(message, hint="give --calibration DATA")
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -127,6 +140,8 @@ def make_plan(options: CompileOptions) -> Plan:
         calibration,
         static,
         equalization,
+        options.reconstruct,
+        options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
         never_slower=static and options.never_slower is not False,
@@ -140,7 +155,8 @@ def _calibration(
 ) -> CalibrationOptions | None:
     """Return how to calibrate, None where nothing needs it."""
     static = next((s for s in schemes if s and s.activations is Activations.STATIC), None)
-    if static is None and (options.calibration is None or equalization.method is None):
+    unused = equalization.method is None and options.reconstruct is Reconstruction.NONE
+    if static is None and (options.calibration is None or unused):
         return None
     if options.calibration is None:
         message = f"{static} needs samples to find the ranges of activations"
@@ -229,6 +245,20 @@ def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
     )
 
 
+def _round_weights(plan: Plan) -> RoundWeights:
+    options, data = plan.calibration, plan.data
+    if options is None or data is None:
+        message = "round-weights needs samples"
+        raise UsageError(message, hint="give --calibration DATA")
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    inserting = [kind for kind in _INSERTING if plan.static or kind not in _STATIC]
+    return RoundWeights(
+        RoundWeightsOptions(
+            samples, tuple(_made(inserting, plan)), plan.device, options.memory_budget
+        )
+    )
+
+
 def quantizing_passes(plan: Plan) -> list[Pass]:
     """Return what makes a Q/DQ graph of one whose quantizers are placed and calibrated."""
     return _made(_INSERTING, plan)
@@ -304,6 +334,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
     InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
+    RoundWeights: _round_weights,
 }
 
 _INSERTING: tuple[type[Pass], ...] = (SplitOutlierChannels, InsertActivationQdq, InsertQdq)
@@ -353,6 +384,9 @@ def pipeline(plan: Plan) -> list[Pass]:
     left_out: frozenset[type[Pass]] = frozenset() if plan.static else _STATIC
     if plan.calibration is None or plan.equalization.method is None:
         left_out |= {EqualizeChannels}
+    # Rounding inserts for itself: it compares with the float model it began with.
+    reconstructing = plan.reconstruct is not Reconstruction.NONE
+    left_out |= frozenset(_INSERTING) if reconstructing else {RoundWeights}
     if not plan.never_slower:
         left_out |= {DropSlowRegions}
     if plan.bound is None:

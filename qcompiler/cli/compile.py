@@ -13,6 +13,7 @@ from qcompiler.cli.options import (
     equalization_options,
     latency_options,
     plan_options,
+    reconstruction_options,
 )
 
 
@@ -22,6 +23,7 @@ from qcompiler.cli.options import (
 @plan_options
 @calibration_options
 @equalization_options
+@reconstruction_options
 @latency_options
 @click.option(
     "--min-output-sqnr",
@@ -72,7 +74,7 @@ def command(
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
-    from qcompiler.options import CompileOptions, Verification
+    from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report
@@ -83,6 +85,7 @@ def command(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
+        reconstruct=Reconstruction(others.pop("reconstruct")),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

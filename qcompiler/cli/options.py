@@ -162,6 +162,29 @@ def equalization_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how codes of weights are chosen."""
+    decorators: list[Decorator] = [
+        click.option(
+            "--reconstruct",
+            type=click.Choice(["none", "gptq"]),
+            default="none",
+            show_default=True,
+            help="How codes of weights are chosen; gptq takes samples and PyTorch.",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            metavar="D",
+            help="Where PyTorch computes: cpu, cuda, cuda:1.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
     """Take the values of `equalization_options` out of a command's; None leaves it to the recipe.
 

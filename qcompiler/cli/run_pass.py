@@ -13,6 +13,7 @@ from qcompiler.cli.options import (
     equalization_of,
     equalization_options,
     plan_options,
+    reconstruction_options,
 )
 
 
@@ -23,6 +24,7 @@ from qcompiler.cli.options import (
 @plan_options
 @calibration_options
 @equalization_options
+@reconstruction_options
 def command(
     name: str,
     model: Path,
@@ -37,7 +39,7 @@ def command(
     from qcompiler.ir.load import load_model
     from qcompiler.ir.save import save_model
     from qcompiler.ir.weights import WeightStore
-    from qcompiler.options import CompileOptions
+    from qcompiler.options import CompileOptions, Reconstruction
     from qcompiler.pipeline import make_plan, pass_named, with_data
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
@@ -49,6 +51,7 @@ def command(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
+        reconstruct=Reconstruction(others.pop("reconstruct")),
         weight_range=method,
         **others,
     )

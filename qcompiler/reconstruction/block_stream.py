@@ -1,0 +1,137 @@
+"""Running a model block by block on all samples, with what lies between blocks kept."""
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+
+from qcompiler.calibration.calls import Samples
+from qcompiler.errors import UsageError
+from qcompiler.execution.torch import Program
+from qcompiler.execution.torch.element_types import to_torch
+from qcompiler.ir.blocks import Block
+from qcompiler.ir.subgraph import subgraph_between
+from qcompiler.reconstruction.value_cache import ValueCache
+
+
+def open_device(name: str) -> torch.device:
+    """Return a device that can be computed on.
+
+    Args:
+        name: As PyTorch calls it: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        UsageError: There is no such device, or this PyTorch cannot use it.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        message = f"PyTorch cannot use this device: {str(error).splitlines()[0]}"
+        raise UsageError(message, where=name, hint="name another one, such as cpu") from error
+
+
+class BlockStream:
+    """Goes through the blocks of a model; at each, values of it can be asked for.
+
+    A block starts from what the blocks before it gave when they were left, so that it sees their
+    last codes. Weights are loaded for what is asked for, and forgotten afterwards. Programs are
+    made when they are needed: codes may be exchanged at any time before.
+
+    Attributes:
+        stand_ins: Tensors to compute with in place of values of the graph, by name: a weight that
+            was dequantized once, or one that the graph cannot hold. They are used where they are
+            needed, until somebody removes them.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        blocks: Sequence[Block],
+        cache: ValueCache,
+        device: torch.device,
+    ) -> None:
+        """Stand at the first block, without any call.
+
+        Args:
+            model: The model.
+            blocks: A chain of blocks, from the graph's start; cut values by their names.
+            cache: Where values go.
+            device: Where blocks run.
+        """
+        self._model = model
+        self._blocks = tuple(blocks)
+        self._cache = cache
+        self._device = device
+        self._at = 0
+        self._calls = 0
+        self.stand_ins: dict[str, torch.Tensor] = {}
+
+    def read(self, samples: Samples) -> None:
+        """Take the calls from their source; inputs of the graph stay at hand for all blocks."""
+        for call, feeds in enumerate(samples):
+            for name, array in feeds.items():
+                is_text = array.dtype.kind in "UO"
+                self._cache.put(call, name, array if is_text else to_torch(array))
+            self._calls += 1
+
+    @property
+    def calls(self) -> int:
+        """Number of calls."""
+        return self._calls
+
+    @property
+    def block(self) -> Block:
+        """The block the stream stands at."""
+        return self._blocks[self._at]
+
+    def input(self, call: int, name: str) -> torch.Tensor | None:
+        """Return what the graph's input holds in a call, None if the samples have no such input."""
+        try:
+            value = self._cache.get(call, name)
+        except KeyError:
+            return None
+        return value.to(self._device) if isinstance(value, torch.Tensor) else None
+
+    def values(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield some values of the block, or of a later one, for each call in order.
+
+        What lies beyond the block runs with the codes that are there now.
+        """
+        program = self._program(names)
+        known = set(program.value_names)
+        replace = {name: new for name, new in self.stand_ins.items() if name in known}
+        for call in range(self._calls):
+            feeds = {name: self._cache.get(call, name) for name in program.input_names}
+            with torch.no_grad():
+                results = program(feeds, replace=replace)
+            yield {name: results[name] for name in names}
+
+    def advance(self) -> None:
+        """Run the block to its end on every call, and stand at the next one.
+
+        Does nothing but that where the block is the last.
+        """
+        block = self.block
+        if block.output is not None:
+            for call, values in enumerate(self.values([block.output])):
+                self._cache.put(call, block.output, values[block.output])
+                if block.input is not None:
+                    self._cache.drop(call, block.input)
+        self._at += 1
+
+    def _program(self, names: Sequence[str]) -> Program:
+        # A site may read nothing but inputs of the graph, wherever it stands.
+        cut = self.block.input
+        whole = subgraph_between(self._model, None, names)
+        made = {value.name for node in whole.nodes for value in node.outputs}
+        cuts = None if cut is None or cut not in made else [cut]
+        # Names of later blocks bring the weights of all blocks in between: too many to keep.
+        later = {node for block in self._blocks[self._at + 1 :] for node in block.nodes}
+        return Program.from_subgraph(
+            self._model,
+            cuts,
+            names,
+            device=self._device,
+            dtype=torch.float32,
+            keep_weights=later.isdisjoint(whole.nodes),
+        )

@@ -1,0 +1,83 @@
+"""Weights rounded for what they compute, in a whole compilation."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompiler.cli.main import main
+from qcompiler.quant.ranges import sqnr_db
+from tests.support.graphs import random_array
+from tests.support.parity import run_model
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "digits.onnx"
+
+
+def images(seed: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    name = ir.load(DIGITS).graph.inputs[0].name or ""
+    return {name: np.abs(random_array(16, 1, 8, 8, seed=seed)).clip(0, 1)}
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calls")
+    for seed in range(6):
+        np.savez(folder / f"{seed}.npz", **images(seed))  # type: ignore[arg-type]
+    return folder
+
+
+def status(*arguments: object) -> int:
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    signal.signal(signal.SIGTERM, handler)
+    return int(stop.value.code or 0)
+
+
+def noise_db(path: Path) -> float:
+    """Return the SQNR of a compiled model's output on images that calibrated nothing."""
+    feeds = images(99)
+    truth, found = (run_model(ir.load(each), feeds) for each in (DIGITS, path))
+    (name,) = truth
+    wide = truth[name].astype(np.float64)
+    return sqnr_db(float((wide**2).sum()), float(((found[name] - wide) ** 2).sum()))
+
+
+@pytest.mark.parametrize("scheme", ["w3a16:b32", "w2a16:b32"])
+def test_gptq_leaves_outputs_nearer(scheme: str, calls: Path, tmp_path: Path) -> None:
+    found = {}
+    for method in ("none", "gptq"):
+        path = tmp_path / f"{method}.onnx"
+        common = ("compile", DIGITS, "-o", path, "--scheme", scheme, "--equalize", "none")
+        assert status(*common, "--calibration", calls, "--reconstruct", method) == 0
+        found[method] = noise_db(path)
+    assert found["gptq"] > found["none"] + 1
+    report = json.loads((tmp_path / "gptq.report.json").read_text())
+    names = [record["name"] for record in report["passes"]]
+    assert "round-weights" in names
+    assert "insert-qdq" not in names
+
+
+def test_the_same_command_gives_the_same_bytes(calls: Path, tmp_path: Path) -> None:
+    made = []
+    for run in range(2):
+        path = tmp_path / f"{run}.onnx"
+        options = ("--scheme", "w4a16:b32", "--calibration", calls, "--reconstruct", "gptq")
+        assert status("compile", DIGITS, "-o", path, *options) == 0
+        made.append(path.read_bytes())
+    assert made[0] == made[1]
+
+
+def test_int8_activations_are_quantized_too(calls: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.onnx"
+    options = ("--scheme", "w8a8", "--calibration", calls, "--reconstruct", "gptq")
+    assert status("compile", DIGITS, "-o", path, *options, "--no-never-slower") == 0
+    assert noise_db(path) > 25
+
+
+def test_samples_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("compile", DIGITS, "--reconstruct", "gptq", "-o", tmp_path / "x.onnx") == 2
+    assert "needs samples" in capsys.readouterr().err
