@@ -82,6 +82,8 @@ class CompileOptions:
             they are.
         equalization: How channels are equalized where there are samples; None takes the recipe's
             method, or "auto".
+        correct_bias: Whether the mean error of output channels is taken out of biases; it takes
+            samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
@@ -113,6 +115,7 @@ class CompileOptions:
     exclude: tuple[str, ...] = ()
     calibration: CalibrationOptions | str | None = None
     equalization: EqualizationOptions | None = None
+    correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
     device: str = "cpu"
     min_output_sqnr: float | None = None

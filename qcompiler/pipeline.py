@@ -42,6 +42,7 @@ from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
 from qcompiler.passes.lower.quantize_biases import QuantizeBiases
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
+from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
 from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
@@ -83,6 +84,7 @@ class Plan:
         calibration: Where samples are and how ranges are found, None where no pass needs any.
         static: Whether a scheme has calibrated activations.
         equalization: How channels are equalized.
+        correct_bias: Whether mean errors are taken out of biases.
         reconstruct: How codes of weights are chosen.
         device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
@@ -102,6 +104,7 @@ class Plan:
     calibration: CalibrationOptions | None = None
     static: bool = False
     equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
+    correct_bias: bool = False
     reconstruct: Reconstruction = Reconstruction.NONE
     device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
@@ -124,7 +127,13 @@ def make_plan(options: CompileOptions) -> Plan:
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
-    calibration = _calibration(options, schemes, equalization)
+    correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias
+    sampled = (
+        equalization.method is not None
+        or correct_bias
+        or options.reconstruct is not Reconstruction.NONE
+    )
+    calibration = _calibration(options, schemes, sampled=sampled)
     if options.reconstruct is not Reconstruction.NONE and calibration is None:
         message = f"--reconstruct {options.reconstruct} needs samples to see what ops compute"
         raise UsageError(message, hint="give --calibration DATA")
@@ -140,6 +149,7 @@ def make_plan(options: CompileOptions) -> Plan:
         calibration,
         static,
         equalization,
+        correct_bias,
         options.reconstruct,
         options.device,
         options.custom_op_libraries,
@@ -151,12 +161,17 @@ def make_plan(options: CompileOptions) -> Plan:
 
 
 def _calibration(
-    options: CompileOptions, schemes: Sequence[QScheme | None], equalization: EqualizationOptions
+    options: CompileOptions, schemes: Sequence[QScheme | None], *, sampled: bool
 ) -> CalibrationOptions | None:
-    """Return how to calibrate, None where nothing needs it."""
+    """Return how to calibrate, None where nothing needs it.
+
+    Args:
+        options: What is asked for.
+        schemes: All that a site may get.
+        sampled: Whether passes beside calibration use samples if there are any.
+    """
     static = next((s for s in schemes if s and s.activations is Activations.STATIC), None)
-    unused = equalization.method is None and options.reconstruct is Reconstruction.NONE
-    if static is None and (options.calibration is None or unused):
+    if static is None and (options.calibration is None or not sampled):
         return None
     if options.calibration is None:
         message = f"{static} needs samples to find the ranges of activations"
@@ -245,18 +260,35 @@ def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
     )
 
 
+def _correct_bias(plan: Plan) -> CorrectBias:
+    options, data = plan.calibration, plan.data
+    if options is None or data is None:
+        message = "correct-bias needs samples"
+        raise UsageError(message, hint="give --calibration DATA")
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    return CorrectBias(
+        CorrectBiasOptions(
+            samples,
+            tuple(_made([*_inserting(plan), *_DYNAMIC], plan)),
+            plan.target,
+            options.memory_budget,
+            plan.custom_op_libraries,
+        )
+    )
+
+
+def _inserting(plan: Plan) -> list[type[Pass]]:
+    return [kind for kind in _INSERTING if plan.static or kind not in _STATIC]
+
+
 def _round_weights(plan: Plan) -> RoundWeights:
     options, data = plan.calibration, plan.data
     if options is None or data is None:
         message = "round-weights needs samples"
         raise UsageError(message, hint="give --calibration DATA")
     samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
-    inserting = [kind for kind in _INSERTING if plan.static or kind not in _STATIC]
-    return RoundWeights(
-        RoundWeightsOptions(
-            samples, tuple(_made(inserting, plan)), plan.device, options.memory_budget
-        )
-    )
+    inserting = tuple(_made(_inserting(plan), plan))
+    return RoundWeights(RoundWeightsOptions(samples, inserting, plan.device, options.memory_budget))
 
 
 def quantizing_passes(plan: Plan) -> list[Pass]:
@@ -331,6 +363,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
     DropSlowRegions: _drop_slow_regions,
     AssignFallbacks: _assign_fallbacks,
+    CorrectBias: _correct_bias,
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
     InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
@@ -339,6 +372,9 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
 
 _INSERTING: tuple[type[Pass], ...] = (SplitOutlierChannels, InsertActivationQdq, InsertQdq)
 """Those that make a Q/DQ graph of a plan."""
+
+_DYNAMIC: tuple[type[Pass], ...] = (DecomposeGemm, LowerDynamicQuantization)
+"""Those that put scales of the run into the graph, which a Q/DQ graph does not show."""
 
 _STATIC: frozenset[type[Pass]] = frozenset(
     {PlaceQuantizers, Calibrate, SplitOutlierChannels, InsertActivationQdq}
@@ -387,6 +423,9 @@ def pipeline(plan: Plan) -> list[Pass]:
     # Rounding inserts for itself: it compares with the float model it began with.
     reconstructing = plan.reconstruct is not Reconstruction.NONE
     left_out |= frozenset(_INSERTING) if reconstructing else {RoundWeights}
+    # What is rounded for its output has next to no mean error left.
+    if plan.calibration is None or reconstructing or not plan.correct_bias:
+        left_out |= {CorrectBias}
     if not plan.never_slower:
         left_out |= {DropSlowRegions}
     if plan.bound is None:

@@ -166,6 +166,12 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how codes of weights are chosen."""
     decorators: list[Decorator] = [
         click.option(
+            "--correct-bias/--no-correct-bias",
+            default=None,
+            help="Take the mean error of output channels out of biases; takes samples.  "
+            "[default: the recipe's]",
+        ),
+        click.option(
             "--reconstruct",
             type=click.Choice(["none", "gptq"]),
             default="none",

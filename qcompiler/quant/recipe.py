@@ -4,6 +4,7 @@
 version = 1
 default = "w8a16"             # for ops that no rule matches; "float" when absent
 weight_range = "weighted-mse" # or "mse", "min-max"; the run decides when absent
+correct_bias = false          # whether mean errors are taken out of biases; true when absent
 equalize = "auto"             # or another EqualizationMethod, or "none"; needs samples
 
 [[rule]]
@@ -44,7 +45,7 @@ __all__ = ["Recipe", "Rule", "Selector", "nearest"]
 _VERSION = 1
 _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
-_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "rule")
+_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "correct_bias", "rule")
 _RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
 
 
@@ -79,12 +80,14 @@ class Recipe:
         default: Scheme of nodes no rule matches; None keeps them in float.
         weight_range: How weight ranges are chosen, or None to leave it to the run.
         equalize: How channels are equalized where there are samples; None leaves them.
+        correct_bias: Whether mean errors are taken out of biases where there are samples.
     """
 
     rules: tuple[Rule, ...] = ()
     default: QScheme | None = None
     weight_range: RangeMethod | None = None
     equalize: EqualizationMethod | None = EqualizationMethod.AUTO
+    correct_bias: bool = True
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -160,6 +163,7 @@ class Recipe:
             None if default is None else _scheme(default, f"{where}: default"),
             _choice(table, "weight_range", RangeMethod, where),
             _equalize(table, where),
+            _flag(table, "correct_bias", where),
         )
 
     def to_toml(self) -> str:
@@ -169,6 +173,8 @@ class Recipe:
             lines.append(f"weight_range = {_quote(self.weight_range.value)}")
         if self.equalize is not EqualizationMethod.AUTO:
             lines.append(f"equalize = {_quote(self.equalize.value if self.equalize else _NONE)}")
+        if not self.correct_bias:
+            lines.append("correct_bias = false")
         for rule in self.rules:
             lines += ["", "[[rule]]", *_rule_lines(rule)]
         return "\n".join(lines) + "\n"
@@ -253,6 +259,14 @@ def _choice(table: Mapping[str, Any], key: str, kind: type[_Choice], where: str)
         known = " or ".join(repr(member.value) for member in kind)
         message = f"'{key}' is {text!r}, not {known}"
         raise UsageError(message, where=where) from error
+
+
+def _flag(table: Mapping[str, Any], key: str, where: str) -> bool:
+    value = table.get(key, True)
+    if not isinstance(value, bool):
+        message = f"'{key}' is {value!r}, not true or false"
+        raise UsageError(message, where=where)
+    return value
 
 
 def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None:

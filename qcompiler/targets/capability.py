@@ -81,6 +81,21 @@ class Resolution:
 
 
 @dataclass(frozen=True, slots=True)
+class AddedBias:
+    """Where the Add of a constant behind a MatMul costs nothing, since the kernel adds it.
+
+    Attributes:
+        activations: What happens to the data of the product.
+        any_shape: Whether its result may have any shape; else it is a matrix or has a fixed one.
+        source: Where the row comes from.
+    """
+
+    activations: Activations
+    any_shape: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What one runtime can run.
 
@@ -100,6 +115,7 @@ class Target:
         placement: Where it wants quantized activations.
         lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
         lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
+        added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
     """
 
     name: str
@@ -116,6 +132,7 @@ class Target:
     placement: Placement
     lowering: tuple[str, ...]
     lowered_ops: tuple[LoweredOp, ...]
+    added_biases: tuple[AddedBias, ...] = ()
 
 
 def resolve(target: Target, request: SchemeRequest) -> Resolution:

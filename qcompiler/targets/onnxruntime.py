@@ -7,7 +7,8 @@ every row and looks at the kernel, since releases move; it loads opset 28, and 2
 
 from typing import Final
 
-from qcompiler.targets.capability import Target
+from qcompiler.quant.scheme import Activations
+from qcompiler.targets.capability import AddedBias, Target
 from qcompiler.targets.onnxruntime_int8 import INT8_ROWS, INT8_SUBSTITUTES, PLACEMENT
 from qcompiler.targets.onnxruntime_ops import LOWERED_OPS, LOWERING
 from qcompiler.targets.rows import OpType, Refusal, Row, WeightUse
@@ -264,6 +265,26 @@ _REFUSALS: Final[tuple[Refusal, ...]] = (
     ),
 )
 
+_ADDED_BIASES: Final[tuple[AddedBias, ...]] = (
+    AddedBias(
+        Activations.FLOAT,
+        any_shape=True,
+        source="measured: MatMulNBits takes it at 8, 4 and 2 bits, in float32 and float16, for "
+        "results of any shape, also before a Relu",
+    ),
+    AddedBias(
+        Activations.DYNAMIC,
+        any_shape=True,
+        source="measured: DynamicQuantizeMatMul and MatMulIntegerToFloat take it",
+    ),
+    AddedBias(
+        Activations.STATIC,
+        any_shape=False,
+        source="measured: QGemm takes it, which MatMul and Add become for matrices and fixed "
+        "shapes; for others the Add stays behind MatMulIntegerToFloat",
+    ),
+)
+
 ONNXRUNTIME: Final = Target(
     name="onnxruntime",
     title="ONNX Runtime",
@@ -279,4 +300,5 @@ ONNXRUNTIME: Final = Target(
     placement=PLACEMENT,
     lowering=LOWERING,
     lowered_ops=LOWERED_OPS,
+    added_biases=_ADDED_BIASES,
 )

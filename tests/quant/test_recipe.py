@@ -59,6 +59,14 @@ def test_equalization_is_read_and_written(value: str, method: EqualizationMethod
     assert Recipe.from_text("version = 1", "r.toml").equalize is EqualizationMethod.AUTO
 
 
+def test_bias_correction_is_read_and_written() -> None:
+    text = 'version = 1\ndefault = "w8a8"\ncorrect_bias = false\n'
+    recipe = Recipe.from_text(text, "r.toml")
+    assert not recipe.correct_bias
+    assert Recipe.from_text("version = 1", "r.toml").correct_bias
+    assert recipe.to_toml() == text
+
+
 def test_toml_text_round_trips_byte_for_byte() -> None:
     assert Recipe.from_text(FULL, "r.toml").to_toml() == FULL
 
@@ -117,10 +125,11 @@ FAULTS = {
     "version = '1'": "r.toml: the recipe's version is '1'",
     "version = 1\ndefalt = 'w8a16'": "unknown key 'defalt' (did you mean 'default'?)",
     "version = 1\nzzz = 1": (
-        "unknown key 'zzz' (known: version, default, weight_range, equalize, rule)"
+        "unknown key 'zzz' (known: version, default, weight_range, equalize, correct_bias, rule)"
     ),
     "version = 1\ndefault = 8": "r.toml: 'default' is 8, not a string",
     "version = 1\ndefault = 'w9'": "r.toml: default: 'w9' is not a scheme (forms: ",
+    "version = 1\ncorrect_bias = 'yes'": "'correct_bias' is 'yes', not true or false",
     "version = 1\nequalize = 'more'": "'equalize' is 'more', not 'auto' or 'aweq' or 'smoothquant'",
     "version = 1\nweight_range = 'max'": "'weight_range' is 'max', not 'min-max' or 'mse'",
     "version = 1\nrule = 3": "r.toml: 'rule' is not a list of tables (write [[rule]])",
