@@ -126,6 +126,11 @@ class EqualizeChannels(Pass):
                 examples = collector.collect(flat, context.progress, "collecting examples")
                 for _ in chunk:
                     group = next(waiting)
+                    if any(not examples[site].rows.shape[1] for site in _planned(group)):
+                        first = group.readers[0]
+                        reason = f"no sample gives {first.data.name} an element"
+                        yield Skip(RULE, node_name(first.site.node), reason)
+                        continue
                     choice = choose_scales(group, examples, options.scales)
                     yield self._apply(group, choice, context, taken)
                     advance(1)

@@ -333,5 +333,7 @@ def _largest(samples: Samples) -> Feeds:
         size = sum(array.size for array in feeds.values())
         if best is None or size > best[0]:
             best = (size, feeds)
-    assert best is not None
+    if best is None:
+        message = "there is no sample to run the model on"
+        raise UsageError(message, hint="give at least one call's inputs")
     return best[1]

@@ -13,7 +13,7 @@ from qcompiler.calibration.linear_examples import (
     weight_matrix,
 )
 from qcompiler.calibration.outliers import outlier_channels
-from qcompiler.ir.channels.scaling import per_position
+from qcompiler.ir.channels.scaling import constant_now, per_position
 from qcompiler.ir.dataflow import int_attribute
 from qcompiler.ir.provenance import QUANTIZED_INPUTS, scheme_of
 from qcompiler.ir.quantizable import Site, planned_spec
@@ -72,7 +72,9 @@ class QuantizedProduct:
             placed = QUANTIZED_INPUTS in site.node.metadata_props
             self._activations = Activations.STATIC if placed else Activations.FLOAT
         self._outliers = outlier_limit if self._keeps_outliers() else 0
-        whole = np.asarray(read_all(site.tensor), np.float32)
+        weight = constant_now(site.node, site.weight_input, site.weight).const_value
+        assert weight is not None
+        whole = np.asarray(read_all(weight), np.float32)
         matrix = self._matrix(whole)
         self._extremes = matrix.min(axis=2), matrix.max(axis=2)
         self._weight = _some_outputs(site, whole)

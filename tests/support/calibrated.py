@@ -13,7 +13,7 @@ import onnxruntime
 
 from qcompiler.calibration.observers import Observer
 from qcompiler.compile import CompileResult, compile_model
-from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
 from qcompiler.quant.ranges import sqnr_db
 from qcompiler.quant.recipe import Recipe
 from tests.support.graphs import random_array
@@ -79,6 +79,7 @@ def compile_calibrated(
     *,
     recipe: Recipe | None = None,
     exclude: tuple[str, ...] = (),
+    as_given: bool = False,
 ) -> Calibrated:
     """Compile a model with min-max ranges of one call, and run it on that call.
 
@@ -88,11 +89,18 @@ def compile_calibrated(
         folder: Where files go.
         recipe: What each op gets; None is w8a8 for all.
         exclude: Nodes that stay in float.
+        as_given: Whether weights and biases are quantized as they are: neither equalized nor
+            corrected.
     """
     np.savez(folder / "call.npz", **dict[str, Any](feeds))
     calibration = CalibrationOptions(str(folder / "call.npz"), observer=Observer.MIN_MAX)
     options = CompileOptions(
-        recipe=recipe, exclude=exclude, calibration=calibration, never_slower=False
+        recipe=recipe,
+        exclude=exclude,
+        calibration=calibration,
+        never_slower=False,
+        equalization=EqualizationOptions(None) if as_given else None,
+        correct_bias=False if as_given else None,
     )
     result = compile_model(model, options, output=folder / "compiled.onnx")
     native, optimized = run_optimized(result.path, feeds)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.observers import Observer
 from qcompiler.ir.weights import WeightStore
-from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
 from qcompiler.pipeline import CalibrationData, Plan, make_plan, pipeline
 from qcompiler.rewriting.base import PassContext
 from tests.support.graphs import build, random_array
@@ -59,7 +59,13 @@ def calls(count: int, rows: int = 16) -> Samples:
 def planned(count: int = 4, **options: object) -> tuple[ir.Model, Plan]:
     """Return the model with schemes, quantizers and ranges, and the plan it was made by."""
     calibration = CalibrationOptions("random", observer=Observer.MIN_MAX, outlier_channels=0)
-    settings = {"scheme": "w8a8", "calibration": calibration, "never_slower": False, **options}
+    settings = {
+        "scheme": "w8a8",
+        "calibration": calibration,
+        "never_slower": False,
+        "equalization": EqualizationOptions(None),
+        **options,
+    }
     plan = make_plan(CompileOptions(**settings))  # type: ignore[arg-type]
     plan = replace(plan, data=CalibrationData(calls(count), lambda: ""))
     model = sensitive_model()

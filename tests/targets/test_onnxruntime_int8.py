@@ -107,7 +107,7 @@ def compile_between(case: Case, folder: Path) -> Calibrated:
     text = case.text if whole else f"{HEAD} {case.text} {TAIL}"
     weights = dict(case.weights) if whole else {**WEIGHTS, **case.weights}
     model = build(text, weights)
-    return compile_calibrated(model, random_feeds(model, 0), folder)
+    return compile_calibrated(model, random_feeds(model, 0), folder, as_given=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -170,7 +170,7 @@ def test_reluctance_has_no_integer_kernel(op: str, tmp_path: Path) -> None:
     text, weights = FLOAT_OPS.get(op, (f"m={op}(a)", {}))
     opset = DIFFERENT_OPSET.get(op, 21)
     model = build(f"{HEAD} {text} {TAIL}", {**WEIGHTS, **weights}, opset=opset)
-    made = compile_calibrated(model, random_feeds(model, 0), tmp_path)
+    made = compile_calibrated(model, random_feeds(model, 0), tmp_path, as_given=True)
     assert not [kernel for kernel in made.ops if kernel in (f"QLinear{op}", f"Nhwc{op}")]
     assert made.ops.count("DequantizeLinear") >= 2, "the op works on float"
     assert made.ops.count("QLinearConv") >= 2
@@ -184,7 +184,7 @@ def test_a_product_of_activations_stays_in_float(tmp_path: Path) -> None:
     text = """g (float[N,5,64] x) => (float[N,5,5] y) {
         q=MatMul(x,w) k=MatMul(x,v) t=Transpose<perm=[0,2,1]>(k) [qk] y=MatMul(q,t) }"""
     model = build(text, {"w": M64[:, :32], "v": M64[:, 16:]})
-    made = compile_calibrated(model, random_feeds(model, 0), tmp_path)
+    made = compile_calibrated(model, random_feeds(model, 0), tmp_path, as_given=True)
     assert made.ops == ["QuantizeLinear", "MatMulIntegerToFloat", "MatMulIntegerToFloat"] + [
         op for op in made.ops if op in ("MatMul", "FusedMatMul")
     ]
@@ -228,7 +228,7 @@ ROW_CASES = {
 def test_row_runs_as_the_table_says(name: str, tmp_path: Path) -> None:
     text, weight, kernel = ROW_CASES[name]
     model = build(text, {"w": weight})
-    made = compile_calibrated(model, random_feeds(model, 0, {"N": 3}), tmp_path)
+    made = compile_calibrated(model, random_feeds(model, 0, {"N": 3}), tmp_path, as_given=True)
     assert made.kernel("s") == kernel
     (node,) = [node for node in made.result.report.nodes if node.name == "s"]
     (row,) = [row for row in INT8_ROWS if row.rule == node.rule]
@@ -255,7 +255,7 @@ def test_what_has_another_scheme_keeps_it_between_quantized_values(
     rule = f'version = 1\ndefault = "w8a8"\n[[rule]]\nname = "mid"\nscheme = "{scheme}"\n'
     model = build(text, weights)
     recipe = Recipe.from_text(rule, "test")
-    made = compile_calibrated(model, random_feeds(model, 0), tmp_path, recipe=recipe)
+    made = compile_calibrated(model, random_feeds(model, 0), tmp_path, recipe=recipe, as_given=True)
     assert made.ops.count("QLinearConv") == (2 if op == "Conv" else 0)
     expected = {"Conv": "Conv", "w8a16": "MatMulNBits", "w4a16:b32": "MatMulNBits"}
     wanted = expected.get(op) or expected.get(scheme)
@@ -271,7 +271,9 @@ def test_without_a_copy_the_runtime_quantizes_a_float_conv_itself(tmp_path: Path
     """The defect that isolate-float-ops avoids; when this fails, the pass can go."""
     text = f"{HEAD} b=Relu(a) [mid] m=Conv<{PADS}>(b,w3) {TAIL}"
     model = build(text, {**WEIGHTS, "w3": cw(16, 16, 3, 3, seed=2)})
-    made = compile_calibrated(model, random_feeds(model, 0), tmp_path, exclude=("mid",))
+    made = compile_calibrated(
+        model, random_feeds(model, 0), tmp_path, exclude=("mid",), as_given=True
+    )
     broken = made.result.model()
     (copy,) = [node for node in broken.graph if node.op_type == "Concat"]
     copy.outputs[0].replace_all_uses_with(copy.inputs[0])  # type: ignore[arg-type]

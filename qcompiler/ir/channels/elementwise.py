@@ -19,8 +19,11 @@ from qcompiler.ir.quantizable import FLOAT_TYPES
 from qcompiler.ir.weights import read_all
 
 
-def _ignored(_tracer: Tracer, _place: Place, _ids: Ids) -> None:
-    """A positive scale changes nothing of what the op returns."""
+def _ignored(_tracer: Tracer, place: Place, _ids: Ids) -> None:
+    """A positive scale of what the op reads changes nothing of what it returns."""
+    if place.is_output:
+        message = f"what {place.node.op_type} returns does not follow the scale of what it reads"
+        raise CannotScaleError(message)
 
 
 def _unary(tracer: Tracer, place: Place, ids: Ids) -> None:

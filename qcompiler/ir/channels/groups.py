@@ -9,9 +9,10 @@ import onnx_ir as ir
 
 from qcompiler.ir.channels import elementwise, movement, weights
 from qcompiler.ir.channels.classes import Ids
+from qcompiler.ir.channels.reshaping import Extent
 from qcompiler.ir.channels.tracer import Factor, OpKey, Place, Relation, Tracer, extents_of
 from qcompiler.ir.channels.weights import data_axis, data_input
-from qcompiler.ir.dataflow import is_op, node_label
+from qcompiler.ir.dataflow import int_attribute, is_op, node_label
 from qcompiler.ir.quantizable import Site
 
 RELATIONS: Final[Mapping[OpKey, Relation]] = {
@@ -123,9 +124,9 @@ def group_behind_mul(data: ir.Value, sites: Sequence[Site]) -> ChannelGroup | st
         The group, or why there is none.
     """
     shape, axis = extents_of(data), data_axis(sites[0])
-    size = shape[axis] if shape is not None and axis is not None else None
-    if shape is None or axis is None or not isinstance(size, int):
+    if shape is None or axis is None or len(shape) < abs(axis) or not _is_extent(shape[axis]):
         return f"the shape of {data.name} is not known"
+    size = int(str(shape[axis]))
     by_node: dict[ir.Node, list[Site]] = {}
     for site in sites:
         by_node.setdefault(site.node, []).append(site)
@@ -158,7 +159,7 @@ def _trace(
     """Follow the channels of a value; return their group, or why there is none."""
     shape = extents_of(data)
     size = None if not shape or len(shape) < abs(axis) else shape[axis]
-    if shape is None or not isinstance(size, int):
+    if shape is None or not isinstance(size, int) or size == 0:
         return None
     tracer = Tracer(RELATIONS, sites)
     extents = [1] * len(shape)
@@ -170,7 +171,14 @@ def _trace(
     reasons = tracer.classes.reasons(ids)
     if np.all(tracer.classes.is_fixed(ids)):
         return reasons[0]
-    return _group(tracer, tuple(reasons))
+    group = _group(tracer, tuple(reasons))
+    if group.count == 1 and size > 1:
+        return f"all channels of {data.name} would have to have one scale"
+    return group
+
+
+def _is_extent(size: Extent) -> bool:
+    return isinstance(size, int) and size > 0
 
 
 def _respect_sharing(tracer: Tracer) -> None:
@@ -181,18 +189,24 @@ def _respect_sharing(tracer: Tracer) -> None:
     for (value, _), factors in by_weight.items():
         covered = {(factor.node, factor.index) for factor in factors}
         others = [node for node, index in _leaf_uses(value) if (node, index) not in covered]
-        if others and not _is_copied(factors[0], value):
+        if others and not all(_is_copied(factor, value) for factor in factors):
             reason = (
                 f"its weight {value.name} is read by {node_label(others[0])} too, and a copy "
                 f"would take {value.const_value.nbytes if value.const_value else 0:,} bytes more"
             )
             for factor in factors:
                 tracer.fix(factor.ids, reason)
-        elif value.is_graph_output() or (others and value.is_graph_input()):
+        elif _is_shown(value) or (others and value.is_graph_input()):
             tracer.fix(factors[0].ids, f"{value.name} is an output of the model")
-        elif not others:
+        elif not all(_is_copied(factor, value) for factor in factors):
             for factor in factors[1:]:
                 tracer.classes.unite(factors[0].ids, factor.ids)
+
+
+def _is_shown(value: ir.Value) -> bool:
+    """Whether a constant, or a Transpose of it, is an output of the model or of a body."""
+    turned = [use.node.outputs[0] for use in value.uses() if is_op(use.node, "Transpose")]
+    return value.is_graph_output() or any(_is_shown(output) for output in turned)
 
 
 def _is_copied(factor: Factor, value: ir.Value) -> bool:
@@ -243,4 +257,6 @@ def _readers(tracer: Tracer, values: Mapping[ir.Value, Ids]) -> Iterator[Reader]
             others = [index for index in range(ids.ndim) if index != axis % ids.ndim]
             vector = ids.transpose([*others, axis % ids.ndim]).reshape(-1, ids.shape[axis])[0]
             if np.any(vector != FIXED):
-                yield Reader(site, value, np.array(vector))
+                group = int_attribute(site.node, "group", 1) if site.row.op_type == "Conv" else 1
+                wide = np.broadcast_to(vector, (site.reduction * group,))
+                yield Reader(site, value, np.array(wide))

@@ -26,6 +26,12 @@ def _check_data(place: Place) -> None:
         raise CannotScaleError(message)
 
 
+def _check_inputs(node: ir.Node) -> None:
+    if len(node.inputs) < 2:
+        message = "its parameters are attributes of an old operator set"
+        raise CannotScaleError(message)
+
+
 def _transpose(tracer: Tracer, place: Place, ids: Ids) -> None:
     perm = ints_attribute(place.node, "perm") or tuple(reversed(range(ids.ndim)))
     if place.is_output:
@@ -126,6 +132,7 @@ def _tensor(node: ir.Node, index: int) -> ir.TensorProtocol:
 def _pad(tracer: Tracer, place: Place, ids: Ids) -> None:
     _check_data(place)
     node = place.node
+    _check_inputs(node)
     mode = node.attributes.get("mode")
     filled = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
     computed = len(node.inputs) > 2 and node.inputs[2] is not None and filled is None
@@ -205,6 +212,7 @@ def _pieces(
 def _slice(tracer: Tracer, place: Place, ids: Ids) -> None:
     _check_data(place)
     node = place.node
+    _check_inputs(node)
     source, target = node.inputs[0], node.outputs[0]
     shape = extents_of(source)
     if shape is None:

@@ -1,5 +1,6 @@
 """Dividing the channels of a group by numbers, which constants of the graph take up."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -43,27 +44,48 @@ def scale_group(
     Raises:
         NotFoldableError: A constant would leave the range of its type; nothing was changed.
     """
-    by_value: dict[ir.Value, list[Factor]] = {}
-    for factor in group.factors:
-        by_value.setdefault(factor.value, []).append(factor)
-    made = {value: _scaled(value, factors, scales) for value, factors in by_value.items()}
-    for value, factors in by_value.items():
-        _write(value, factors, made[value], store, taken)
+    demands = _demands(group.factors)
+    made = [_scaled(value, factors, scales) for value, factors, _ in demands]
+    for (value, _, uses), values in zip(demands, made, strict=True):
+        _write(value, uses, values, store, taken)
     nodes = dict.fromkeys(factor.node for factor in group.factors)
     if group.inserted_at is not None:
         nodes[_insert_mul(group, scales, store, taken, created_by)] = None
     return list(nodes)
 
 
-def _scaled(value: ir.Value, factors: list[Factor], scales: F64) -> Array:
-    """Return a constant times all its factors; those of one power are alike for all readers."""
+def constant_now(node: ir.Node, index: int, found: ir.Value) -> ir.Value:
+    """Return the constant at an input of a node, which may have got a copy since it was found."""
+    value = node.inputs[index]
+    return value if value is not None and value.is_initializer() else found
+
+
+_Use = tuple[ir.Node, int]
+_Demand = tuple[ir.Value, list[Factor], list[_Use]]
+
+
+def _demands(factors: Sequence[Factor]) -> list[_Demand]:
+    """Return what is asked of each constant, and by whom; one constant may be asked for several."""
+    by_use: dict[tuple[ir.Value, ir.Node, int], list[Factor]] = {}
+    for factor in factors:
+        value = constant_now(factor.node, factor.index, factor.value)
+        by_use.setdefault((value, factor.node, factor.index), []).append(factor)
+    found: dict[tuple[ir.Value, object], _Demand] = {}
+    for (value, node, index), asked in by_use.items():
+        signature = tuple((f.power, f.ids.shape, f.ids.tobytes()) for f in asked)
+        found.setdefault((value, signature), (value, asked, []))[2].append((node, index))
+    return list(found.values())
+
+
+def _scaled(value: ir.Value, factors: Sequence[Factor], scales: F64) -> Array:
+    """Return a constant times all the factors that its readers ask for."""
     tensor = value.const_value
     assert tensor is not None
-    by_power = {factor.power: factor for factor in factors}
     whole: F64 = np.ones(())
-    for power, factor in by_power.items():
-        whole = whole * per_position(factor.ids, scales) ** power
-    values = read_all(tensor)
+    for factor in factors:
+        whole = whole * per_position(factor.ids, scales) ** factor.power
+    values = np.atleast_1d(read_all(tensor))
+    final = np.broadcast_shapes(tuple(tensor.shape.numpy()), whole.shape)
     shape = np.broadcast_shapes(values.shape, whole.shape)
     values, whole = np.broadcast_to(values, shape), whole.reshape(_padded(whole.shape, len(shape)))
     result = np.empty(shape, tensor.dtype.numpy())
@@ -73,7 +95,7 @@ def _scaled(value: ir.Value, factors: list[Factor], scales: F64) -> Array:
         factor_part = whole if whole.shape[0] == 1 else whole[part]
         result[part] = cast_finite(values[part].astype(np.float64) * factor_part, result.dtype)
     _check_not_lost(values, result, value)
-    return result
+    return result.reshape(final)
 
 
 def _padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -92,15 +114,14 @@ def _check_not_lost(before: Array, after: Array, value: ir.Value) -> None:
 
 
 def _write(
-    value: ir.Value, factors: list[Factor], values: Array, store: WeightStore, taken: set[str]
+    value: ir.Value, uses: Sequence[_Use], values: Array, store: WeightStore, taken: set[str]
 ) -> None:
     """Put the new constant in place, under a new name where others read the old one."""
     tensor = value.const_value
     assert tensor is not None
-    mine = {(factor.node, factor.index) for factor in factors}
-    direct = all(factor.node.inputs[factor.index] is value for factor in factors)
-    shared = direct and any((use.node, use.idx) not in mine for use in value.uses())
-    if not shared:
+    direct = all(node.inputs[index] is value for node, index in uses)
+    readers = {(use.node, use.idx) for use in value.uses()}
+    if not (direct and readers - set(uses)):
         value.const_value = store.put(value.name or "", values, tensor.dtype)
         value.shape = ir.Shape(values.shape)
         return
@@ -108,7 +129,7 @@ def _write(
     assert graph is not None
     name = fresh_name(f"{value.name}.scaled", taken)
     copy = add_initializer(graph, name, store.put(name, values, tensor.dtype))
-    for node, index in mine:
+    for node, index in uses:
         node.replace_input_with(index, copy)
 
 

@@ -51,12 +51,18 @@ def _matrix_product(tracer: Tracer, place: Place, ids: Ids) -> None:
         return
     axis = data_axis(site)
     if place.is_output:
-        axis = -2 if site.left else -1
+        axis = -2 if site.left and not _reads_vector(site) else -1
     assert axis is not None
     vector = tracer.confined(ids, [axis if ids.ndim > 1 else -1]).reshape(-1)
     _scale_weight(tracer, site, vector, is_output=place.is_output)
     if place.is_output and is_op(node, "Gemm") and len(node.inputs) > 2:
         tracer.give_operand(node, 2, ids)
+
+
+def _reads_vector(site: Site) -> bool:
+    """Whether the data of a matrix has a single axis, or an unknown number of them."""
+    data = extents_of(site.node.inputs[data_input(site) or 0])
+    return data is None or len(data) < 2
 
 
 def _scale_weight(tracer: Tracer, site: Site, vector: Ids, *, is_output: bool) -> None:
@@ -81,6 +87,8 @@ def _convolution(tracer: Tracer, place: Place, ids: Ids) -> None:
         raise CannotScaleError(message)
     vector = tracer.confined(ids, [1]).reshape(-1)
     group = int_attribute(node, "group", 1)
+    if vector.size == 1:
+        vector = np.repeat(vector, group)  # channels that all have one scale
     turned = is_op(node, "ConvTranspose")
     if group == 1 or turned != place.is_output:
         _scale_weight(tracer, site, vector, is_output=place.is_output)
@@ -120,7 +128,8 @@ def lookup(tracer: Tracer, place: Place, ids: Ids) -> bool:
 def _product_of_activations(tracer: Tracer, place: Place, ids: Ids) -> None:
     """Channels of a product that both sides compute: attention takes those of its values."""
     node = place.node
-    if not is_op(node, "MatMul") or ids.ndim < 2:
+    result = extents_of(node.outputs[0])
+    if not is_op(node, "MatMul") or ids.ndim < 2 or result is None or len(result) != ids.ndim:
         message = "it multiplies two computed values"
         raise CannotScaleError(message)
     free, summed = (-1, -2) if place.is_output or place.index == 1 else (-2, -1)
@@ -154,12 +163,19 @@ def _check_batch(node: ir.Node, side: int, ids: Ids) -> None:
 def _attention(tracer: Tracer, place: Place, ids: Ids) -> None:
     """The values of Attention-23 and MultiHeadAttention are mixed over positions only."""
     node = place.node
+    standard = is_op(node, "Attention")
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        message = "its values are packed with queries and keys"
+        raise CannotScaleError(message)
+    if ids.shape[-2] > 1:
+        message = "it mixes positions, along which the channels lie"
+        raise CannotScaleError(message)
     values, result = node.inputs[2], node.outputs[0]
-    extras = [v for v in (*node.inputs[4:], *node.outputs[1:]) if v is not None and v.name]
+    further = node.inputs[4 if standard else 3 :]  # the other op adds a bias to the values
+    extras = [v for v in (*further, *node.outputs[1:]) if v is not None and v.name]
     if extras or (place.is_output and place.index) or (not place.is_output and place.index != 2):
         message = "only the values of an attention without a cache commute with a scale"
         raise CannotScaleError(message)
-    standard = is_op(node, "Attention")
     heads = int_attribute(node, "q_num_heads" if standard else "num_heads", 0)
     held = int_attribute(node, "kv_num_heads", 0) if standard else heads
     if ids.ndim == 4:
@@ -185,6 +201,8 @@ def _folded_heads(tracer: Tracer, ids: Ids, heads: int, held: int) -> Ids:
         parts = wide.reshape(ids.shape[0], held, heads // held, *ids.shape[2:])
         tracer.classes.unite(parts[:, :, :1], parts)
         return np.ascontiguousarray(parts[:, :, 0])
+    if ids.shape[-1] == 1:
+        return ids
     parts = ids.reshape(*ids.shape[:2], held, heads // held, -1)
     tracer.classes.unite(parts[..., :1, :], parts)
     return np.ascontiguousarray(parts[..., 0, :]).reshape(*ids.shape[:2], -1)
@@ -193,6 +211,8 @@ def _folded_heads(tracer: Tracer, ids: Ids, heads: int, held: int) -> Ids:
 def _repeated_heads(ids: Ids, heads: int, held: int) -> Ids:
     if ids.ndim == 4:
         return ids if ids.shape[1] == 1 else np.repeat(ids, heads // held, axis=1)
+    if ids.shape[-1] == 1:
+        return ids
     parts = ids.reshape(*ids.shape[:2], held, -1)
     return np.repeat(parts, heads // held, axis=2).reshape(*ids.shape[:2], -1)
 

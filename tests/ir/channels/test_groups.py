@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.support.channel_groups import error_in_double, groups_of
+from qcompiler.ir.channels.scaling import scale_group
+from qcompiler.ir.editing import value_names
+from qcompiler.ir.weights import WeightStore
+from qcompiler.rewriting.structure import structural_faults
+from tests.support.channel_groups import error_in_double, groups_of, random_scales
 from tests.support.graphs import Array, build, random_array
+from tests.support.parity import assert_parity
 
 TOLERANCE = 1e-12
 
@@ -416,3 +422,37 @@ def test_bodies_are_left_alone() -> None:
     groups, refusals = groups_of(model)
     assert not groups
     assert any("Sigmoid does not commute with a scale" in r.reason for r in refusals)
+
+
+SHARED = {
+    "read and written by one op, read by another": (
+        IMAGE.replace("3, 9", "4, 9").replace("[N, 3", "[N, 4")
+        + "{ a = Conv(x, u) r = Relu(a) b = Conv(r, u) y = Conv(b, u) }",
+        {"u": (4, 4, 1, 1)},
+    ),
+    "a producer and its readers": (
+        "g (float[N, 8, 5, 5] x) => (float[N, 16, 5, 5] y, float[N, 16, 5, 5] z)"
+        "{ a = Conv(x, w) s, t = Split<axis=1, num_outputs=2>(a) y = Conv(s, w) z = Conv(t, w) }",
+        {"w": (16, 8, 1, 1)},
+    ),
+    "a residual branch": (
+        "g (float[N, 4, 5, 5] x) => (float[N, 4, 5, 5] y)"
+        "{ a = Conv(x, v) b = Relu(a) c = Conv(b, w) d = Add(c, b) m = Relu(d) y = Conv(m, w) }",
+        {"v": (4, 4, 1, 1), "w": (4, 4, 1, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_small_weights_that_ops_share_are_copied_for_each_demand(name: str, tmp_path: Path) -> None:
+    text, shapes = SHARED[name]
+    weights = {key: random_array(*shape, seed=3) for key, shape in shapes.items()}
+    after = build(text, weights)
+    groups, _ = groups_of(after)
+    assert groups
+    taken = value_names(after)
+    with WeightStore(tmp_path) as store:
+        for seed, group in enumerate(groups):
+            scale_group(group, random_scales(group, seed), store, taken, "test")
+        assert list(structural_faults(after)) == []
+        assert_parity(build(text, weights), after, tolerance=1e-4)
