@@ -86,7 +86,8 @@ GRAPHS: dict[str, tuple[str, dict[str, tuple[int, ...]], dict[str, Array]]] = {
     ),
     "data read along two axes": (
         "g (float[B, 5, 8] x) => (float[B, 5, 6] y, float[B, 8, 6] z) "
-        "{ n = LayerNormalization(x, g) y = MatMul(n, w) t = Transpose<perm=[0, 2, 1]>(n) z = MatMul(t, u) }",
+        "{ n = LayerNormalization(x, g) y = MatMul(n, w) "
+        "t = Transpose<perm=[0, 2, 1]>(n) z = MatMul(t, u) }",
         {"g": (8,), "w": (8, 6), "u": (5, 6)},
         {},
     ),
