@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
+from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
@@ -44,9 +44,11 @@ from qcompiler.report.build import (
 )
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import FileFacts, NodeReport, Report
-from qcompiler.rewriting.base import PassContext
-from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
+from qcompiler.rewriting.base import PassContext, PassRecord
+from qcompiler.rewriting.manager import PassHook, PassManager
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+from qcompiler.rewriting.work_folder import WorkFolder
+from qcompiler.settings import identity_of, settings_of
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
 
@@ -117,18 +119,19 @@ def compile_model(
     progress = progress or SilentProgress()
     plan = make_plan(options)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace:
+    with _workspace(target_path) as workspace, ExitStack() as held:
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
         size, opset = _size_and_opset(path, model)
-        with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
-            plan = with_data(plan, model, digest.result)
-            numerics = _numerics_hook(model, options)
-            hooks = _hooks(plan, options, target_path.parent, numerics)
+        digest = held.enter_context(BackgroundFingerprint(path))
+        plan = with_data(plan, model, digest.result)
+        work = held.enter_context(_work_folder(digest.result, plan, options))
+        numerics = _numerics_hook(model, options)
+        with WeightStore(workspace) as store:
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
-            records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model)
+            hooks = _hooks(plan, options, target_path.parent, numerics)
+            model, records = _rewritten(model, plan, PassManager(context, hooks, work), work)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -136,7 +139,7 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
-            source_facts = FileFacts(name, size, digest.result(), opset)
+        source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress)
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
@@ -154,7 +157,20 @@ def compile_model(
             latency,
             started,
         )
-        return _publish(saved, target_path, report, _settings(plan, options))
+        return _publish(saved, target_path, report, settings_of(plan, options))
+
+
+def _rewritten(
+    model: ir.Model, plan: Plan, manager: PassManager, work: WorkFolder | None
+) -> tuple[ir.Model, list[PassRecord]]:
+    """Run the passes, those that a stopped compilation finished excepted."""
+    reached = work.newest() if work else None
+    done: tuple[PassRecord, ...] = ()
+    if reached is not None:
+        model, done = reached.model, reached.records
+    records = manager.run(model, pipeline(plan), done)
+    _require_something_done(model)
+    return model, records
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -176,12 +192,15 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
 
 @contextmanager
 def _workspace(output: Path) -> Iterator[Path]:
-    """Make a hidden folder beside the output, so that finished files can be renamed into place."""
+    """Make a hidden folder beside the output, so that finished files can be renamed into place.
+
+    What a run for the same output left there when it was killed is removed.
+    """
     if not output.parent.is_dir():
         message = "the folder does not exist"
         raise UsageError(message, where=str(output.parent), hint="create it first")
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+        folder, held = make_scratch_folder(output.parent, f".qcompile-{output.stem}.")
     except OSError as error:
         message = f"cannot write there: {error.strerror}"
         raise UsageError(message, where=str(output.parent)) from error
@@ -190,6 +209,7 @@ def _workspace(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def _source_file(
@@ -346,17 +366,17 @@ def _report(
     )
 
 
-def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
-    """Return what decides the bytes of the result beside model and recipe."""
-    return {
-        "weight_range": plan.weight_range.value,
-        "never_slower": plan.never_slower,
-        "min_output_sqnr": options.min_output_sqnr,
-        "metric": options.metric,
-        "max_metric_drop": options.max_metric_drop,
-        "user_passes": list(options.user_passes),
-        "external_data": options.external_data,
-    }
+@contextmanager
+def _work_folder(
+    source_sha256: Callable[[], str], plan: Plan, options: CompileOptions
+) -> Iterator[WorkFolder | None]:
+    """Hold the folder of intermediate models, if one was named; it is emptied on success."""
+    if options.work_dir is None:
+        yield None
+        return
+    with WorkFolder(options.work_dir, identity_of(source_sha256(), plan, options)) as work:
+        yield work
+        work.finish()
 
 
 def _publish(

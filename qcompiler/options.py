@@ -102,6 +102,8 @@ class CompileOptions:
         samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
         seed: Seed of made-up inputs.
         dump_ir: Folder that gets the model after every pass, or None.
+        work_dir: Folder that keeps the newest intermediate model, so that the same compilation goes
+            on there when it was stopped; it is emptied at the end. None keeps nothing.
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
@@ -130,6 +132,7 @@ class CompileOptions:
     samples: Path | None = None
     seed: int = 0
     dump_ir: Path | None = None
+    work_dir: Path | None = None
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True

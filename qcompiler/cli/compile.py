@@ -46,6 +46,12 @@ from qcompiler.cli.options import (
     "--samples", type=MODEL, metavar="NPZ", help="Inputs for --verify numerics; made up if absent."
 )
 @click.option("--dump-ir", type=MODEL, metavar="DIR", help="Write the model after every pass.")
+@click.option(
+    "--work-dir",
+    type=MODEL,
+    metavar="DIR",
+    help="Keep unfinished work there; the same command goes on where it was stopped.",
+)
 @click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
 @click.option(

@@ -14,6 +14,7 @@ block = "0-3,7"               # block indices, from 0
 between = ["x", "y"]          # nodes on a path from value x to value y
 scheme = "w4a16:b128"         # or "float"
 reason = "lm_head is sensitive"   # optional, reaches the report
+origin = "sensitivity"        # optional: who made the rule; "rule 1" when absent
 ```
 
 A rule has a scheme and at least one selector. Names, op types, blocks and values are looked up in
@@ -46,7 +47,7 @@ _VERSION = 1
 _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
 _RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "correct_bias", "rule")
-_RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
+_RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason", "origin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +176,10 @@ class Recipe:
             lines.append(f"equalize = {_quote(self.equalize.value if self.equalize else _NONE)}")
         if not self.correct_bias:
             lines.append("correct_bias = false")
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules, start=1):
             lines += ["", "[[rule]]", *_rule_lines(rule)]
+            if rule.origin != _numbered(number):
+                lines.append(f"origin = {_quote(rule.origin)}")
         return "\n".join(lines) + "\n"
 
 
@@ -204,7 +207,12 @@ def _rule(table: Mapping[str, Any], number: int, where: str) -> Rule:
             hint="give it name, op_type, block or between; for all other nodes set default",
         )
     reason = _string(table, "reason", place)
-    return Rule(selector, _scheme(scheme, place), reason, f"rule {number}")
+    origin = _string(table, "origin", place) or _numbered(number)
+    return Rule(selector, _scheme(scheme, place), reason, origin)
+
+
+def _numbered(number: int) -> str:
+    return f"rule {number}"
 
 
 def _check_version(table: Mapping[str, Any], where: str) -> None:

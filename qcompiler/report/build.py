@@ -25,7 +25,7 @@ from qcompiler.report.records import (
     SkipReport,
     Summary,
 )
-from qcompiler.rewriting.manager import PassRecord
+from qcompiler.rewriting.base import PassRecord
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
