@@ -213,7 +213,8 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
     complaint = _misfit(row, request)
     if complaint:
         return complaint
-    block = _block_size(row, request)
+    shared = request.scheme.per_tensor and row.per_tensor
+    block = _granularity(row, request)
     if block is None:
         return (
             f"no legal granularity for {request.reduction} input channels: "
@@ -221,7 +222,9 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
         )
     block_size, block_note = block
     symmetric, symmetry_note = _symmetry(row, request)
-    scheme = replace(request.scheme, block_size=block_size or None, symmetric=symmetric)
+    scheme = replace(
+        request.scheme, block_size=block_size or None, symmetric=symmetric, per_tensor=shared
+    )
     notes = [note for note in (block_note, symmetry_note, row.note) if note]
     return Resolution(
         scheme,
@@ -251,6 +254,15 @@ def _misfit(row: Row, request: SchemeRequest) -> str:
             f"not {request.reduction}"
         )
     return ""
+
+
+def _granularity(row: Row, request: SchemeRequest) -> tuple[int, str] | None:
+    """Return the block size (0 for none) and why it changed; None where nothing is legal."""
+    if request.scheme.per_tensor and row.per_tensor:
+        return 0, ""
+    if request.scheme.per_tensor and row.per_channel:
+        return 0, "one scale per output channel: this kernel gains nothing from a single one"
+    return _block_size(row, request)
 
 
 def _block_size(row: Row, request: SchemeRequest) -> tuple[int, str] | None:

@@ -45,6 +45,7 @@ class Row:
             (`quant.scheme.PairLimit`); None where the kernel does not saturate.
         bodies: Whether the op may lie in an If, Loop or Scan body.
         note: A clause added to the reason: what a user should know about the row.
+        per_tensor: Whether one scale for the whole weight is legal.
     """
 
     rule: str
@@ -64,6 +65,7 @@ class Row:
     pair_limit: int | None = None
     bodies: bool = True
     note: str = ""
+    per_tensor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
