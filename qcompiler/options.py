@@ -39,6 +39,8 @@ class CalibrationOptions:
         observer: How ranges are chosen; None tries each on a few calls and takes the best.
         percentile: For that observer: percent of the values to keep.
         outlier_channels: Channels of one value that may stay in float at most.
+        two_terms_below: An activation of a product gets two terms of codes where the median of its
+            sizes is fewer steps; 0 is never.
         memory_budget: Bytes the process may take while it calibrates.
         statistics: A file that statistics are kept in and reused from.
     """
@@ -48,6 +50,7 @@ class CalibrationOptions:
     observer: Observer | None = None
     percentile: float = DEFAULT_PERCENTILE
     outlier_channels: int = 8
+    two_terms_below: float = 2.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
 

@@ -43,6 +43,7 @@ from qcompiler.passes.lower.quantize_biases import QuantizeBiases
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
+from qcompiler.passes.quantize.expand_residuals import ExpandResiduals
 from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
@@ -215,9 +216,10 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
         samples,
         data.model_fingerprint,
         options.observer,
-        (SplitOutlierChannels(), InsertActivationQdq()),
+        (SplitOutlierChannels(), ExpandResiduals(), InsertActivationQdq()),
         options.percentile,
         options.outlier_channels,
+        options.two_terms_below,
         options.memory_budget,
         options.statistics,
         plan.custom_op_libraries,
@@ -365,19 +367,25 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     AssignFallbacks: _assign_fallbacks,
     CorrectBias: _correct_bias,
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
+    ExpandResiduals: lambda plan: ExpandResiduals(),
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
     InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
     RoundWeights: _round_weights,
 }
 
-_INSERTING: tuple[type[Pass], ...] = (SplitOutlierChannels, InsertActivationQdq, InsertQdq)
+_INSERTING: tuple[type[Pass], ...] = (
+    SplitOutlierChannels,
+    ExpandResiduals,
+    InsertActivationQdq,
+    InsertQdq,
+)
 """Those that make a Q/DQ graph of a plan."""
 
 _DYNAMIC: tuple[type[Pass], ...] = (DecomposeGemm, LowerDynamicQuantization)
 """Those that put scales of the run into the graph, which a Q/DQ graph does not show."""
 
 _STATIC: frozenset[type[Pass]] = frozenset(
-    {PlaceQuantizers, Calibrate, SplitOutlierChannels, InsertActivationQdq}
+    {PlaceQuantizers, Calibrate, SplitOutlierChannels, ExpandResiduals, InsertActivationQdq}
 )
 """Those that only calibrated activations need."""
 

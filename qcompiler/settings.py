@@ -23,7 +23,7 @@ _SAMPLING: Final = (
     *("max_samples", "batch_size", "seed", "symbolic_size"),
     *("sequence_length", "max_tokens", "text_field"),
 )
-_CALIBRATING: Final = ("percentile", "outlier_channels", "memory_budget")
+_CALIBRATING: Final = ("percentile", "outlier_channels", "two_terms_below", "memory_budget")
 
 
 def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:

@@ -24,7 +24,8 @@ DEFAULT_PERCENTILE = 99.99
 _CALIBRATION = (
     *("calibration", "max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
     *("max_tokens", "text_field"),
-    *("observer", "percentile", "outlier_channels", "memory_budget", "statistics", "seed"),
+    *("observer", "percentile", "outlier_channels", "two_terms_below"),
+    *("memory_budget", "statistics", "seed"),
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -105,6 +106,15 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=8,
             show_default=True,
             help="Channels of one activation that may stay in float at most.",
+        ),
+        click.option(
+            "--two-terms-below",
+            type=click.FloatRange(0),
+            default=2.0,
+            show_default=True,
+            metavar="STEPS",
+            help="Give an activation of a product two terms of codes where its values are "
+            "typically fewer steps large; 0 is never.",
         ),
         click.option(
             "--memory-budget",
@@ -265,6 +275,7 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
+        two_terms_below=taken["two_terms_below"],
         memory_budget=budget,
         statistics=taken["statistics"],
     )

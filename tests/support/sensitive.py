@@ -58,7 +58,9 @@ def calls(count: int, rows: int = 16) -> Samples:
 
 def planned(count: int = 4, **options: object) -> tuple[ir.Model, Plan]:
     """Return the model with schemes, quantizers and ranges, and the plan it was made by."""
-    calibration = CalibrationOptions("random", observer=Observer.MIN_MAX, outlier_channels=0)
+    calibration = CalibrationOptions(
+        "random", observer=Observer.MIN_MAX, outlier_channels=0, two_terms_below=0
+    )
     settings = {
         "scheme": "w8a8",
         "calibration": calibration,

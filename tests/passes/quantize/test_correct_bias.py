@@ -384,7 +384,7 @@ STATIC = "w8a8:sym"
     ("shape", "scheme", "rows", "outliers", "reason"),
     [
         ("b, t", STATIC, ONNXRUNTIME.added_biases, None, "only to matrices and results of fixed"),
-        ("n", STATIC, ONNXRUNTIME.added_biases, "[3]", "the part of it that outlier channels"),
+        ("n", STATIC, ONNXRUNTIME.added_biases, "[3]", "what outlier channels or a second term"),
         ("n", "w4a16:sym", (), None, "ONNX Runtime would not add one in its kernel"),
     ],
     ids=["dynamic-shape", "outliers", "target"],
