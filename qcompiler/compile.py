@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,8 @@ from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
+from qcompiler.gate.check import require_judgeable, run_gate
+from qcompiler.gate.setting import Candidate, GateOptions
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
@@ -26,7 +28,7 @@ from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
-from qcompiler.ir.tensor_sites import tensor_sites
+from qcompiler.ir.stored_size import stored_bytes
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
 from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
@@ -44,6 +46,7 @@ from qcompiler.report.build import (
 )
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import FileFacts, NodeReport, Report
+from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
 from qcompiler.rewriting.base import PassContext, PassRecord
 from qcompiler.rewriting.manager import PassHook, PassManager
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
@@ -63,6 +66,7 @@ class CompileResult:
         report_path: The report, JSON (docs/report-schema.md).
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
+        verdict: What the gate found; None without one.
     """
 
     path: Path
@@ -70,6 +74,7 @@ class CompileResult:
     report_path: Path
     manifest_path: Path
     report: Report
+    verdict: Verdict | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -110,6 +115,7 @@ def compile_model(
         ModelError: The model is malformed, or there is nothing in it to compile.
         TargetError: The runtime cannot load the result.
         ParityError: `verify="numerics"` found a pass that changes what it must not.
+        GateFailedError: A bound of the gate does not hold.
         InternalError: A pass is defective; a reproducer is kept beside the output.
 
     Either all files are written or none; a killed run leaves nothing.
@@ -123,7 +129,10 @@ def compile_model(
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
-        size, opset = _size_and_opset(path, model)
+        size, opset = stored_bytes(path, model), standard_opset(model)
+        judging = GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries)
+        if plan.gate is not None:
+            require_judgeable(plan.gate, model, judging)
         digest = held.enter_context(BackgroundFingerprint(path))
         plan = with_data(plan, model, digest.result)
         work = held.enter_context(_work_folder(digest.result, plan, options))
@@ -157,7 +166,20 @@ def compile_model(
             latency,
             started,
         )
-        return _publish(saved, target_path, report, settings_of(plan, options))
+        inputs = {} if plan.data is None else plan.data.samples.input_statistics()
+        verdict = None
+        if plan.gate is not None:
+            candidate = Candidate(saved.path, target_path.name, inputs)
+            verdict = run_gate(path, candidate, plan.gate, judging, progress=progress)
+            if not verdict.passed:
+                raise GateFailedError(verdict)
+        manifest = manifest_json(
+            report,
+            settings_of(plan, options),
+            {name: entry.to_table() for name, entry in inputs.items()},
+            None if verdict is None else lasting_figures(verdict),
+        )
+        return replace(_publish(saved, target_path, report, manifest), verdict=verdict)
 
 
 def _rewritten(
@@ -220,13 +242,6 @@ def _source_file(
         path = save_model(source, workspace / "source.onnx", progress=progress).path
         return path, source.graph.name or "model"
     return Path(source), Path(source).name
-
-
-def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
-    tensors = (site.tensor for site in tensor_sites(model))
-    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    size = path.stat().st_size + sum(file.stat().st_size for file in files)
-    return size, standard_opset(model)
 
 
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
@@ -379,15 +394,13 @@ def _work_folder(
         work.finish()
 
 
-def _publish(
-    saved: SavedModel, path: Path, report: Report, settings: dict[str, object]
-) -> CompileResult:
+def _publish(saved: SavedModel, path: Path, report: Report, manifest: str) -> CompileResult:
     """Write report and manifest beside the finished model, and rename all of it into place."""
     folder = saved.path.parent
     report_path = path.with_suffix(".report.json")
     manifest_path = path.with_suffix(".manifest.json")
     data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
-    texts = {report_path: report_json(report), manifest_path: manifest_json(report, settings)}
+    texts = {report_path: report_json(report), manifest_path: manifest}
     try:
         for final, text in texts.items():
             (folder / final.name).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
@@ -111,6 +112,9 @@ class CompileOptions:
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
         workers: Threads for quantizing; None is the number of processors.
+        gate: What the result must keep to be written, over what the recipe says; None leaves it to
+            the recipe. Without data of its own it is judged on the samples of calibration.
+        gate_samples: How the gate's data is read.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
     """
 
@@ -141,3 +145,5 @@ class CompileOptions:
     inspect_kernels: bool = True
     workers: int | None = None
     memory_limit: int = 64 << 20
+    gate: Gate | None = None
+    gate_samples: SampleOptions = field(default_factory=SampleOptions)

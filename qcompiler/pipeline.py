@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
@@ -95,6 +96,7 @@ class Plan:
         never_slower: Whether latency is measured.
         measurements: The file that latencies are kept in, or None.
         threads: Threads of one operator when latency is measured, None for the runtime's own.
+        gate: What the result must keep, or None; it decides no byte of it, and is not in `recipe`.
     """
 
     target: Target
@@ -114,6 +116,7 @@ class Plan:
     never_slower: bool = False
     measurements: Path | None = None
     threads: int | None = None
+    gate: Gate | None = None
 
 
 def make_plan(options: CompileOptions) -> Plan:
@@ -124,6 +127,8 @@ def make_plan(options: CompileOptions) -> Plan:
     """
     target = find_target(options.target)
     recipe = _recipe(options, target)
+    gate = _gate(options, recipe)
+    recipe = replace(recipe, gate=None)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
@@ -158,7 +163,16 @@ def make_plan(options: CompileOptions) -> Plan:
         never_slower=static and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
+        gate=gate,
     )
+
+
+def _gate(options: CompileOptions, recipe: Recipe) -> Gate | None:
+    gate = options.gate if recipe.gate is None else recipe.gate.merged(options.gate)
+    if gate is None or gate.data is not None or options.calibration is None:
+        return gate
+    calibration = options.calibration
+    return replace(gate, data=calibration if isinstance(calibration, str) else calibration.source)
 
 
 def _calibration(

@@ -15,6 +15,9 @@ between = ["x", "y"]          # nodes on a path from value x to value y
 scheme = "w4a16:b128"         # or "float"
 reason = "lm_head is sensitive"   # optional, reaches the report
 origin = "sensitivity"        # optional: who made the rule; "rule 1" when absent
+
+[gate]                        # what the result must keep: see `qcompiler.bounds`
+min_sqnr = 20
 ```
 
 A rule has a scheme and at least one selector. Names, op types, blocks and values are looked up in
@@ -29,6 +32,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qcompiler.bounds import Gate, gate_from_table
 from qcompiler.errors import UsageError
 from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
@@ -46,7 +50,7 @@ __all__ = ["Recipe", "Rule", "Selector", "nearest"]
 _VERSION = 1
 _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
-_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "correct_bias", "rule")
+_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "correct_bias", "rule", "gate")
 _RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason", "origin")
 
 
@@ -82,6 +86,7 @@ class Recipe:
         weight_range: How weight ranges are chosen, or None to leave it to the run.
         equalize: How channels are equalized where there are samples; None leaves them.
         correct_bias: Whether mean errors are taken out of biases where there are samples.
+        gate: What the result must keep, or None.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -89,6 +94,7 @@ class Recipe:
     weight_range: RangeMethod | None = None
     equalize: EqualizationMethod | None = EqualizationMethod.AUTO
     correct_bias: bool = True
+    gate: Gate | None = None
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -165,6 +171,7 @@ class Recipe:
             _choice(table, "weight_range", RangeMethod, where),
             _equalize(table, where),
             _flag(table, "correct_bias", where),
+            _gate(table, where),
         )
 
     def to_toml(self) -> str:
@@ -282,6 +289,28 @@ def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None
         return None
     found = _choice(table, "equalize", EqualizationMethod, where)
     return EqualizationMethod.AUTO if found is None else found
+
+
+def _gate(table: Mapping[str, Any], where: str) -> Gate | None:
+    found = table.get("gate")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        message = "'gate' is not a table"
+        raise UsageError(message, where=where, hint="write [gate]")
+    return gate_from_table(found, f"{where}: gate")
+
+
+def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of texts, numbers and tables of these."""
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = ["", f"[{name}]"] if len(inner) < len(table) or not table else []
+    for key, value in table.items():
+        if key not in inner:
+            lines.append(f"{key} = {_quote(value) if isinstance(value, str) else repr(value)}")
+    for key, value in inner.items():
+        lines += _table_lines(f"{name}.{_quote(key)}", value)
+    return lines
 
 
 def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:
