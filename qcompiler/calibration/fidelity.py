@@ -1,13 +1,20 @@
 """How near the outputs of one model are to those of another, sample by sample."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.calibration.estimates import Estimate, Sums, decibels_of, ratio, share
+from qcompiler.calibration.estimates import (
+    Estimate,
+    Sums,
+    decibels_of,
+    difference,
+    ratio,
+    share,
+)
 from qcompiler.calibration.quality import is_float, row_divergences
 from qcompiler.execution.differences import Meaning
 
@@ -82,11 +89,27 @@ class OutputFidelity:
 
     def divergence(self) -> Estimate:
         """Return the mean Kullback-Leibler divergence of rows, nats."""
-        return ratio(self._column(_KL), self._column(_ROWS))
+        found = ratio(self._column(_KL), self._column(_ROWS))
+        return found if found.low is None else replace(found, low=max(0.0, found.low))
 
     def agreement(self) -> Estimate:
         """Return the share of rows whose largest entry is the same."""
         return share(self._column(_SAME), self._column(_ROWS))
+
+    def worsening(self, figure: str, then: "OutputFidelity") -> Estimate:
+        """Return by how much a figure is worse than another model's on the same samples.
+
+        Args:
+            figure: "sqnr", "cosine", "kl" or "agreement".
+            then: The same output of the other model.
+        """
+        if figure == "sqnr":
+            return _lost_decibels(then._column(_NOISE), self._column(_NOISE))
+        index, sign = {"cosine": (_COSINE, -1), "kl": (_KL, 1), "agreement": (_SAME, -1)}[figure]
+        rows = self._column(_ROWS) if figure != "cosine" else np.ones_like(self._column(_ROWS))
+        shares = figure == "agreement"
+        both = then._column(index), self._column(index)
+        return difference(both[0] * sign, both[1] * sign, rows, shares=shares)
 
     def _column(self, index: int) -> Sums:
         return np.concatenate([sums[index] for sums in self._sums])
@@ -116,6 +139,17 @@ class Fidelity:
                     name, OutputFidelity(name, self._meanings.get(name))
                 )
                 entry.add(values, found[name], samples)
+
+
+def _lost_decibels(then: Sums, now: Sums) -> Estimate:
+    """Return how many dB of signal to noise ratio are lost from one noise to another."""
+    totals = float(then.sum()), float(now.sum())
+    if totals[0] == totals[1]:
+        return Estimate(0.0, samples=len(now))
+    if 0.0 in totals or not np.isfinite(totals).all():
+        return Estimate(float("inf") if totals[1] > totals[0] else float("-inf"), samples=len(now))
+    found = decibels_of(then, now)
+    return found.mapped(lambda decibels: 0.0 - decibels)
 
 
 def _cosine(truth: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> Sums:

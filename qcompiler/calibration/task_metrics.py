@@ -85,7 +85,7 @@ class TaskMetric:
         if self.exponent:
             level = float(np.exp(base.numerators.sum() / base.denominators.sum()))
             found = found.mapped(lambda x: level * (float(np.exp(x)) - 1))
-        return found.mapped(lambda x: -x) if self.higher_is_better else found
+        return found.mapped(lambda x: 0.0 - x) if self.higher_is_better else found
 
 
 def find_task_metric(text: str, label: str) -> TaskMetric:

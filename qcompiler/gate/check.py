@@ -78,7 +78,7 @@ def run_gate(
         *task_findings(setting, base_scores, figures[0].scores),
         *cost_findings(setting, costs, now),
         *input_findings(setting, shifts),
-        *release_findings(setting, costs, now, _then(setting, figures, costs)),
+        *release_findings(setting, figures, costs, now, _then(setting, figures, costs)),
     )
     return Verdict(
         setting.base.facts,

@@ -20,11 +20,13 @@ class Costs:
     Attributes:
         limits: The largest ratio that each bound on latency allows.
         answers: What was found for it.
+        inputs: The shapes it was measured on, for people.
         memory: Bytes to load and run a model, by the model's path.
     """
 
     limits: Mapping[str, float]
     answers: Mapping[str, Answer]
+    inputs: str
     memory: Mapping[str, int]
 
     def memory_of(self, model: Opened | None) -> int | None:
@@ -41,7 +43,7 @@ def measure_costs(setting: Setting) -> Costs:
     questions = _questions(setting)
     models = _weighed(setting)
     if not questions and not models:
-        return Costs({}, {}, {})
+        return Costs({}, {}, "", {})
     feeds = setting.largest_feeds()
     options = setting.options
     memory: dict[str, int] = {}
@@ -67,7 +69,8 @@ def measure_costs(setting: Setting) -> Costs:
             answers = judge_latency(list(questions.values()), measure)
             advance(1)
     limits = {name: question.limit for name, question in questions.items()}
-    return Costs(limits, dict(zip(questions, answers, strict=True)), memory)
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+    return Costs(limits, dict(zip(questions, answers, strict=True)), shapes, memory)
 
 
 def _questions(setting: Setting) -> dict[str, Question]:

@@ -1,8 +1,8 @@
 """From figures and bounds to findings: what holds, what does not, and how sure that is."""
 
-from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from qcompiler.bounds import Gate, Limit, Tolerances
+from qcompiler.bounds import Limit
 from qcompiler.byte_sizes import parse_size
 from qcompiler.calibration.estimates import Estimate
 from qcompiler.gate.latency_ratio import Answer
@@ -19,6 +19,7 @@ def judged(
     *,
     at_least: bool,
     note: str = "",
+    word: str = "asked",
 ) -> Finding:
     """Hold an estimate against its limit.
 
@@ -31,7 +32,7 @@ def judged(
         certain = found.low >= limit if at_least else found.high <= limit
         certain = certain or (found.high < limit if at_least else found.low > limit)
     sentence = f"{_measured(found, unit)}; {'at least' if at_least else 'at most'} "
-    sentence += f"{number_text(limit, unit)} asked{note}"
+    sentence += f"{number_text(limit, unit)} {word}{note}"
     if certain is False:
         sentence += _doubt(found, unit)
     status = Status.PASSED if passed else Status.FAILED
@@ -50,18 +51,33 @@ def judged(
     )
 
 
+def worse(bound: str, subject: str, found: Estimate, limit: float, unit: str) -> Finding:
+    """Judge by how much a model is worse than another, measured on the same samples.
+
+    Two equally good models differ by chance, so it fails only where the difference is above the
+    limit and surely one: where the interval leaves out zero.
+    """
+    result = judged(bound, subject, found, limit, unit, at_least=False, word="of loss allowed")
+    if result.status is Status.FAILED and found.low is not None and found.low <= 0:
+        sentence = f"{result.sentence}; no failure, since chance alone does that"
+        return replace(result, status=Status.PASSED, certain=False, sentence=sentence)
+    return result
+
+
 def skipped(bound: str, subject: str, reason: str) -> Finding:
     """Return a bound that could not be judged."""
     return Finding(bound, subject, Status.SKIPPED, None, None, "", None, None, 0, None, reason)
 
 
-def latency_finding(bound: str, answer: Answer, limit: float, reference: str) -> Finding:
-    """Hold a ratio of latencies against its limit."""
+def latency_finding(
+    bound: str, answer: Answer, limit: float, reference: str, inputs: str
+) -> Finding:
+    """Hold a ratio of latencies against its limit; `inputs` says what it was measured on."""
     timing = answer.timing
     sentence = (
         f"{timing.ratio:.3f} of the time of {reference} ({timing.low:.3f} to {timing.high:.3f} in "
-        f"19 of 20 cases), {timing.milliseconds:.3g} ms, {answer.rounds} rounds; at most "
-        f"{limit:.3g} asked"
+        f"19 of 20 cases), {timing.milliseconds:.3g} ms, {answer.rounds} rounds on {inputs}; "
+        f"at most {limit:.3g} asked"
     )
     if answer.attempts > 1:
         sentence += f"; measured {answer.attempts} times"
@@ -92,47 +108,6 @@ def size_limit(limit: Limit, base: float | None) -> float:
 def exact(value: float) -> Estimate:
     """Return what is measured without samples."""
     return Estimate(value)
-
-
-_COMPARED = ("sqnr", "cosine", "kl", "agreement", "metric", "size", "memory", "bits")
-_RELATIVE = ("kl", "size", "memory")
-_UNITS = {
-    "sqnr": "dB",
-    "kl": "nats",
-    "agreement": "share",
-    "size": "bytes",
-    "memory": "bytes",
-    "bits": "bits",
-}
-_HIGHER = ("sqnr", "cosine", "agreement")
-
-
-def no_worse(
-    now: Mapping[str, Estimate],
-    then: Mapping[str, float],
-    gate: Gate,
-    release: str,
-    *,
-    metric_higher: bool,
-) -> Iterator[Finding]:
-    """Hold figures against those of the last release; figures are named "sqnr logits"."""
-    for name, estimate in now.items():
-        figure, _, subject = name.partition(" ")
-        if figure not in _COMPARED or name not in then:
-            continue
-        higher = metric_higher if figure == "metric" else figure in _HIGHER
-        limit = _allowed(figure, then[name], gate.tolerances, higher=higher)
-        unit = _UNITS.get(figure, "")
-        note = f" ({release} has {number_text(then[name], unit)})"
-        bound = f"no worse: {figure}"
-        yield judged(bound, subject, estimate, limit, unit, at_least=higher, note=note)
-
-
-def _allowed(figure: str, then: float, tolerances: Tolerances, *, higher: bool) -> float:
-    tolerance = float(getattr(tolerances, figure))
-    if figure in _RELATIVE:
-        return then * (1 - tolerance if higher else 1 + tolerance)
-    return then - tolerance if higher else then + tolerance
 
 
 def _measured(found: Estimate, unit: str) -> str:

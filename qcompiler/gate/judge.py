@@ -13,10 +13,10 @@ from qcompiler.gate.findings import (
     exact,
     judged,
     latency_finding,
-    no_worse,
     size_limit,
     skipped,
 )
+from qcompiler.gate.no_worse import COSTS, against_record, beside_release
 from qcompiler.gate.setting import Setting
 from qcompiler.quant.selector import nearest
 from qcompiler.report.verdict import Finding
@@ -88,7 +88,7 @@ def cost_findings(setting: Setting, costs: Costs, now: Mapping[str, Estimate]) -
     gate = setting.gate
     if MAX_LATENCY in costs.answers:
         answer, limit = costs.answers[MAX_LATENCY], costs.limits[MAX_LATENCY]
-        yield latency_finding(MAX_LATENCY, answer, limit, "the float model")
+        yield latency_finding(MAX_LATENCY, answer, limit, "the float model", costs.inputs)
     if gate.max_size is not None:
         limit = size_limit(gate.max_size, setting.base.facts.bytes)
         yield judged("max_size", "", now["size"], limit, "bytes", at_least=False)
@@ -120,22 +120,36 @@ def input_findings(setting: Setting, shifts: Sequence[InputShift]) -> Iterator[F
 
 
 def release_findings(
-    setting: Setting, costs: Costs, now: Mapping[str, Estimate], then: Mapping[str, float]
+    setting: Setting,
+    figures: Sequence[Figures],
+    costs: Costs,
+    now: Mapping[str, Estimate],
+    then: Mapping[str, float],
 ) -> Iterator[Finding]:
-    """Judge whether the model is worse than the last release."""
-    if setting.gate.baseline is None:
+    """Judge whether the model is worse than the last release.
+
+    Args:
+        setting: The gate.
+        figures: Of the model, and of the release if it was run.
+        costs: What both cost.
+        now: Figures of the model by name.
+        then: Figures of the release, as far as they can be compared.
+    """
+    gate, metric = setting.gate, setting.metric
+    if gate.baseline is None:
         return
-    name = setting.released.facts.name if setting.released else "the release"
-    if setting.recorded is not None:
-        name = setting.recorded.name
-    higher = setting.metric is not None and setting.metric.higher_is_better
-    found = list(no_worse(now, then, setting.gate, name, metric_higher=higher))
+    name = setting.recorded.name if setting.recorded else "the release"
+    if setting.released is not None:
+        name = setting.released.facts.name
+        yield from beside_release(figures[0], figures[1], metric, gate.tolerances)
+        then = {figure: value for figure, value in then.items() if figure in COSTS}
+    higher = metric is not None and metric.higher_is_better
+    yield from against_record(now, then, gate, name, metric_higher=higher)
     if NO_SLOWER in costs.answers:
         reference = name if setting.released else "the float model"
         answer, limit = costs.answers[NO_SLOWER], costs.limits[NO_SLOWER]
-        found.append(latency_finding(NO_SLOWER, answer, limit, reference))
-    yield from found
-    if not any(finding.bound == "no worse: sqnr" for finding in found):
+        yield latency_finding(NO_SLOWER, answer, limit, reference, costs.inputs)
+    if setting.released is None and not any(figure.startswith("sqnr ") for figure in then):
         reason = (
             f"outputs of {name} cannot be compared: its file is not beside its manifest, and what "
             "was recorded is of other samples or of another float model, or nothing"

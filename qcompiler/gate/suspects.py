@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
-from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.calls import Samples, counted
 from qcompiler.calibration.held_out import spread
 from qcompiler.calibration.input_statistics import InputShift
 from qcompiler.gate.value_errors import NodeError, largest_first, node_errors
@@ -22,6 +23,8 @@ _CALLS: Final = 4
 _WORTH_NAMING: Final = 0.05
 """Shift of an input in standard deviations, and share of the error of a node."""
 _NODES: Final = 4
+_COARSE_DB: Final = 20.0
+"""Weights rounded to 4 bits in blocks of 32 have 21 to 23 dB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def find_suspects(
         progress=progress,
     )
     shares = list(largest_first(errors))
-    ranked = [*_nodes(shares, ours), *_schemes(shares, ours)]
+    ranked = [*_schemes(shares, ours), *_nodes(shares, ours)]
     ranked.sort(key=lambda suspect: -(suspect.share or 0.0))
     return (*_facts(evidence), *ranked)[:SHOWN]
 
@@ -113,7 +116,7 @@ def _weight(node: ir.Node) -> str:
 def _schemes(
     shares: Sequence[tuple[NodeError, float]], ours: Mapping[str, ir.Node]
 ) -> Iterator[Suspect]:
-    """Yield schemes whose error comes from many ops alike, so that no single one is to blame."""
+    """Yield schemes that are too coarse, or whose error no single op is to blame for."""
     groups: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     for entry, share in shares:
@@ -121,16 +124,15 @@ def _schemes(
         scheme = FLOAT if node is None else node.metadata_props[SCHEME]
         if node is not None and scheme != FLOAT:
             groups.setdefault(scheme, []).append(share)
-            if SQNR in node.metadata_props:
-                weights.setdefault(scheme, []).append(float(node.metadata_props[SQNR]))
+            weights.setdefault(scheme, []).append(float(node.metadata_props.get(SQNR, "inf")))
     for scheme, found in groups.items():
-        spread_out = sum(found) - max(found)
-        if len(found) < 2 or spread_out < _WORTH_NAMING:
+        mean = sum(weights[scheme]) / len(found)
+        blame = sum(found) if mean < _COARSE_DB else sum(found) - max(found)
+        if blame < _WORTH_NAMING:
             continue
-        dbs = weights.get(scheme)
-        mean = f", weights with {sum(dbs) / len(dbs):.1f} dB on average" if dbs else ""
+        quality = f", their weights with {mean:.1f} dB on average" if isfinite(mean) else ""
         sentence = (
-            f"{len(found)} ops in {scheme} make {sum(found):.0%} of the error between them{mean}: "
-            "the scheme may be too coarse for this bound"
+            f"{sum(found):.0%} of the error comes from {counted(len(found), 'op')} in it{quality}: "
+            "it may be too coarse for this bound"
         )
-        yield Suspect("scheme", scheme, spread_out, sentence)
+        yield Suspect("scheme", scheme, blame, sentence)

@@ -56,7 +56,7 @@ def node_errors(
     custom_op_libraries: Sequence[Path] = (),
     progress: Progress,
 ) -> list[NodeError]:
-    """Compare the results of ops with weights, and the outputs, in graph order.
+    """Compare the results of ops with weights, in graph order; of all ops where these are too few.
 
     Both models run without the runtime's optimizations. Values in bodies are not looked at.
 
@@ -109,7 +109,7 @@ def _node_error(value: ir.Value, errors: Mapping[str, float]) -> NodeError:
 
 
 def _shared_values(base: ir.Model, candidate: ir.Model) -> list[ir.Value]:
-    """Return what ops with weights compute in both models, and the outputs, in graph order."""
+    """Return what ops with weights compute in both models, in graph order."""
     there = {v.name for v in values_of(candidate.graph) if v.producer() is not None and _floats(v)}
     found = [
         value
@@ -117,7 +117,7 @@ def _shared_values(base: ir.Model, candidate: ir.Model) -> list[ir.Value]:
         for value in node.outputs[:1]
         if value.name in there and _floats(value)
     ]
-    chosen = [v for v in found if v.is_graph_output() or _has_weight(v)]
+    chosen = [value for value in found if _has_weight(value)]
     return (chosen if len(chosen) > 1 else found)[:_MOST_VALUES]
 
 

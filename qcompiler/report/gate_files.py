@@ -51,8 +51,8 @@ def markdown(verdict: Verdict) -> str:
         "",
         f"Against {_md(verdict.base.name)}, on {_md(verdict.data)}.",
         "",
-        "| bound | measured | limit | | |",
-        "|---|---|---|---|---|",
+        "| | bound | |",
+        "|---|---|---|",
     ]
     lines += [_row(finding) for finding in verdict.findings]
     if verdict.suspects:
@@ -108,15 +108,7 @@ def _suspect(suspect: Suspect) -> str:
 
 
 def _row(finding: Finding) -> str:
-    cells = (
-        finding.title,
-        number_text(finding.measured, finding.unit),
-        number_text(finding.limit, finding.unit),
-        _MARKS[finding.status],
-        finding.sentence,
-    )
-    marks = cells[3]
-    return "| " + " | ".join(cell if cell is marks else _md(cell) for cell in cells) + " |"
+    return f"| {_MARKS[finding.status]} | {_md(finding.title)} | {_md(finding.sentence)} |"
 
 
 def number_text(value: float | None, unit: str) -> str:
