@@ -147,8 +147,11 @@ def _linearized(numerators: Sums, denominators: Sums) -> tuple[float, float | No
     value = float(numerators.sum()) / total if total else float("nan")
     if count < _ENOUGH or not np.isfinite(value):
         return value, None, count
-    deviations = (numerators - value * denominators) / (total / count)
-    return value, float(deviations.std(ddof=1)) / sqrt(count), count
+    weights = denominators / total
+    # Divided as a jackknife does it: a sample that makes much of the sum pulls it to itself.
+    kept = np.maximum(1 - weights, 1 / count)
+    deviations = (numerators - value * denominators) / total / kept
+    return value, sqrt(float(np.square(deviations).sum())), count
 
 
 def _visible(error: float) -> float:

@@ -60,7 +60,7 @@ class OutputFidelity:
     ) -> npt.NDArray[np.float64]:
         sums = np.zeros((6, len(truth)))
         with np.errstate(invalid="ignore", over="ignore"):
-            distance = np.where(truth == found, 0.0, found - truth)
+            distance = np.where(_same(truth, found), 0.0, found - truth)
         sums[_SIGNAL] = _finite((truth**2).sum(axis=1))
         sums[_NOISE] = _finite((distance**2).sum(axis=1))
         sums[_COSINE] = _cosine(truth, found)
@@ -156,9 +156,13 @@ def _cosine(truth: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> S
     with np.errstate(invalid="ignore", over="ignore"):
         product = (truth * found).sum(axis=1)
         lengths = np.sqrt((truth**2).sum(axis=1) * (found**2).sum(axis=1))
-        same = (truth == found).all(axis=1)
+        same = _same(truth, found).all(axis=1)
         cosines = np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0)
     return np.where(same, 1.0, np.where(np.isfinite(cosines), cosines, 0.0))
+
+
+def _same(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    return np.asarray((one == other) | (np.isnan(one) & np.isnan(other)))
 
 
 def _finite(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

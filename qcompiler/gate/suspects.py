@@ -123,8 +123,9 @@ def _schemes(
         node = ours.get(entry.node)
         scheme = FLOAT if node is None else node.metadata_props[SCHEME]
         if node is not None and scheme != FLOAT:
-            groups.setdefault(scheme, []).append(share)
-            weights.setdefault(scheme, []).append(float(node.metadata_props.get(SQNR, "inf")))
+            bits = scheme.partition(":")[0]
+            groups.setdefault(bits, []).append(share)
+            weights.setdefault(bits, []).append(float(node.metadata_props.get(SQNR, "inf")))
     for scheme, found in groups.items():
         mean = sum(weights[scheme]) / len(found)
         blame = sum(found) if mean < _COARSE_DB else sum(found) - max(found)

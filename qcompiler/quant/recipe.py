@@ -187,6 +187,8 @@ class Recipe:
             lines += ["", "[[rule]]", *_rule_lines(rule)]
             if rule.origin != _numbered(number):
                 lines.append(f"origin = {_quote(rule.origin)}")
+        if self.gate is not None:
+            lines += _table_lines("gate", self.gate.to_table())
         return "\n".join(lines) + "\n"
 
 
