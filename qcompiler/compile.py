@@ -130,9 +130,8 @@ def compile_model(
         model = load_model(path)
         forget(model)
         size, opset = stored_bytes(path, model), standard_opset(model)
-        judging = GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries)
         if plan.gate is not None:
-            require_judgeable(plan.gate, model, judging)
+            require_judgeable(plan.gate, model, _gate_options(plan, options))
         digest = held.enter_context(BackgroundFingerprint(path))
         plan = with_data(plan, model, digest.result)
         work = held.enter_context(_work_folder(digest.result, plan, options))
@@ -166,19 +165,8 @@ def compile_model(
             latency,
             started,
         )
-        inputs = {} if plan.data is None else plan.data.samples.input_statistics()
-        verdict = None
-        if plan.gate is not None:
-            candidate = Candidate(saved.path, target_path.name, inputs)
-            verdict = run_gate(path, candidate, plan.gate, judging, progress=progress)
-            if not verdict.passed:
-                raise GateFailedError(verdict)
-        manifest = manifest_json(
-            report,
-            settings_of(plan, options),
-            {name: entry.to_table() for name, entry in inputs.items()},
-            None if verdict is None else lasting_figures(verdict),
-        )
+        verdict = _judged(plan, options, path, saved, progress)
+        manifest = _manifest(plan, options, report, verdict)
         return replace(_publish(saved, target_path, report, manifest), verdict=verdict)
 
 
@@ -392,6 +380,46 @@ def _work_folder(
     with WorkFolder(options.work_dir, identity_of(source_sha256(), plan, options)) as work:
         yield work
         work.finish()
+
+
+def _gate_options(plan: Plan, options: CompileOptions) -> GateOptions:
+    return GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries)
+
+
+def _judged(
+    plan: Plan, options: CompileOptions, source: Path, saved: SavedModel, progress: Progress
+) -> Verdict | None:
+    """Hold the result against the gate, if there is one.
+
+    Raises:
+        GateFailedError: A bound does not hold.
+    """
+    if plan.gate is None:
+        return None
+    candidate = Candidate(saved.path, saved.path.name)
+    if plan.data is not None:
+        samples = plan.data.samples
+        candidate = replace(
+            candidate,
+            calibrated=samples.input_statistics(),
+            calibration_sha256=samples.fingerprint(),
+        )
+    verdict = run_gate(
+        source, candidate, plan.gate, _gate_options(plan, options), progress=progress
+    )
+    if not verdict.passed:
+        raise GateFailedError(verdict)
+    return verdict
+
+
+def _manifest(plan: Plan, options: CompileOptions, report: Report, verdict: Verdict | None) -> str:
+    inputs = {} if plan.data is None else plan.data.samples.input_statistics()
+    return manifest_json(
+        report,
+        settings_of(plan, options),
+        {name: entry.to_table() for name, entry in inputs.items()},
+        None if verdict is None else lasting_figures(verdict),
+    )
 
 
 def _publish(saved: SavedModel, path: Path, report: Report, manifest: str) -> CompileResult:

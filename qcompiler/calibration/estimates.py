@@ -72,7 +72,7 @@ def share(hits: Sums, rows: Sums) -> Estimate:
         return Estimate(value, samples=count)
     # Where all samples agree, each counts as one row: the least that can be claimed.
     effective = value * (1 - value) / error**2 if error > 0 else float(count)
-    z = NormalDist().inv_cdf(_SURE)
+    z = student(count - 1)  # the variance, too, is estimated from so many samples
     center = (value + z**2 / (2 * effective)) / (1 + z**2 / effective)
     reach = (
         z

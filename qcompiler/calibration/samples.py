@@ -86,14 +86,14 @@ def open_samples(
             raise UsageError(message, where=name)
     try:
         kind, place = _recognize(source)
+        if needs_label and kind not in _LABELLED:
+            message = f"samples from {kind} have no labels"
+            raise UsageError(message, where=source, hint=_LABEL_HINT)
         if kind == "random":
             return open_random(_count(place), model, options)
         signature = read_signature(model)
         if label is not None:
             signature = signature.with_label(label, optional=not needs_label)
-        if needs_label and kind not in _LABELLED:
-            message = f"{kind} have no labels"
-            raise UsageError(message, where=source, hint=_LABEL_HINT)
         if kind == "python":
             return open_function(place, signature, options)
         return _FILES[kind](_existing(place), signature, options)

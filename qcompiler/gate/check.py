@@ -89,7 +89,7 @@ def run_gate(
         findings,
         _suspects(setting, candidate, findings, shifts),
         {name: _finite(entry.value) for name, entry in now.items()},
-        _warnings(setting, now),
+        _warnings(setting, candidate, now),
     )
 
 
@@ -201,8 +201,12 @@ def _suspects(
     )
 
 
-def _warnings(setting: Setting, now: Mapping[str, Estimate]) -> tuple[str, ...]:
+def _warnings(
+    setting: Setting, candidate: Candidate, now: Mapping[str, Estimate]
+) -> tuple[str, ...]:
     found = []
+    if candidate.calibration_sha256 == setting.samples.fingerprint():
+        found.append("judged on the samples it was calibrated on: others will come out worse")
     if setting.samples.made_up:
         found.append("judged on made-up random inputs, which says nothing about real data")
     counts = [entry.samples for entry in now.values() if entry.samples]

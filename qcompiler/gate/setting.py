@@ -31,12 +31,14 @@ class Candidate:
         name: What reports call it.
         calibrated: What calibration saw of its inputs, by name; empty if that is not known.
         sha256: Hash that it should have by its manifest, None without one.
+        calibration_sha256: Hash over the samples it was calibrated on, None if not known.
     """
 
     path: Path
     name: str
     calibrated: Mapping[str, InputStatistics] = field(default_factory=dict)
     sha256: str | None = None
+    calibration_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,8 @@ def candidate_at(path: Path, manifest: Path | None = None) -> Candidate:
     except (KeyError, TypeError, ValueError) as error:
         message = f"its statistics of inputs cannot be read: {error}"
         raise UsageError(message, where=str(source)) from error
-    return Candidate(path, path.name, inputs, found.output.sha256)
+    calibration = found.settings.get("calibration") or {}
+    return Candidate(path, path.name, inputs, found.output.sha256, calibration.get("sha256"))
 
 
 def opened(path: Path, name: str) -> Opened:
