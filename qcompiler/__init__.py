@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.bounds import Gate, OutputBounds, Tolerances
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
     from qcompiler.compile import CompileResult, compile_model
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
+    from qcompiler.gate.check import run_gate
+    from qcompiler.gate.setting import GateOptions
     from qcompiler.options import CalibrationOptions, CompileOptions, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.recipe import Recipe, Rule
     from qcompiler.quant.selector import Selector
+    from qcompiler.report.verdict import GateFailedError, Verdict
 
 __version__ = version("qcompiler")
 
@@ -35,9 +39,13 @@ __all__ = [
     "CalibrationOptions",
     "CompileOptions",
     "CompileResult",
+    "Gate",
+    "GateFailedError",
+    "GateOptions",
     "InternalError",
     "ModelError",
     "Observer",
+    "OutputBounds",
     "ParityError",
     "QCompilerError",
     "RangeMethod",
@@ -46,24 +54,34 @@ __all__ = [
     "SampleOptions",
     "Selector",
     "TargetError",
+    "Tolerances",
     "UsageError",
+    "Verdict",
     "Verification",
     "__version__",
     "compile_model",
+    "run_gate",
 ]
 
 _HOME = {
     "CalibrationOptions": "qcompiler.options",
     "CompileOptions": "qcompiler.options",
     "CompileResult": "qcompiler.compile",
+    "Gate": "qcompiler.bounds",
+    "GateFailedError": "qcompiler.report.verdict",
+    "GateOptions": "qcompiler.gate.setting",
     "Observer": "qcompiler.calibration.observers",
+    "OutputBounds": "qcompiler.bounds",
     "RangeMethod": "qcompiler.quant.ranges",
     "Recipe": "qcompiler.quant.recipe",
     "Rule": "qcompiler.quant.recipe",
     "SampleOptions": "qcompiler.calibration.calls",
     "Selector": "qcompiler.quant.selector",
+    "Tolerances": "qcompiler.bounds",
+    "Verdict": "qcompiler.report.verdict",
     "Verification": "qcompiler.options",
     "compile_model": "qcompiler.compile",
+    "run_gate": "qcompiler.gate.check",
 }
 
 
