@@ -20,6 +20,7 @@ from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
+from qcompiler.execution.narrow_floats import has_bfloat16
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
@@ -29,6 +30,7 @@ from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
+from qcompiler.passes.lower.cast_types import CastTypes
 from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
@@ -42,6 +44,7 @@ from qcompiler.report.build import (
     pass_reports,
     summarize,
 )
+from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
@@ -77,10 +80,13 @@ class CompileResult:
 def default_output(source: Path, plan: Plan) -> Path:
     """Return where a compiled model goes when nobody says: beside the source, scheme in the name.
 
-    A recipe with rules beside a default gives "mixed".
+    A recipe with rules beside a default gives "mixed"; a type that it is cast to comes last.
     """
     selected = [rule for rule in plan.recipe.rules if rule.scheme is not None]
     label = "mixed" if selected else str(plan.recipe.default or FLOAT)
+    compute = plan.recipe.compute_type
+    if compute is not None:
+        label = str(compute) if label == FLOAT else f"{label}-{compute}"
     return source.with_name(f"{source.stem}.{label.replace(':', '-')}.onnx")
 
 
@@ -128,7 +134,7 @@ def compile_model(
             hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model)
+            _require_something_done(model, records)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -232,8 +238,10 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model) -> None:
+def _require_something_done(model: ir.Model, records: Sequence[PassRecord]) -> None:
     """Stop when a model has no weight that could be quantized, rather than copy it."""
+    if any(record.name == CastTypes.name and record.rewrites for record in records):
+        return
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
@@ -251,8 +259,13 @@ def _require_something_done(model: ir.Model) -> None:
 def _inspect(
     model: ir.Model, saved: SavedModel, options: CompileOptions, progress: Progress
 ) -> Inspection | None:
-    """Load the written model in the runtime and see which kernels it chooses."""
+    """Load the written model in the runtime and see which kernels it chooses.
+
+    There are none for bfloat16 on a CPU.
+    """
     if not options.inspect_kernels:
+        return None
+    if has_bfloat16(model):
         return None
     names = [
         node.name or ""
@@ -319,7 +332,7 @@ def _report(
     latency: Sequence[Timing],
     started: float,
 ) -> Report:
-    warnings = latency_warnings(latency) + kernel_warnings(nodes)
+    warnings = latency_warnings(latency) + kernel_warnings(nodes) + type_warnings(model)
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
@@ -336,7 +349,9 @@ def _report(
             fingerprint(saved.path),
             standard_opset(model),
         ),
-        summary=summarize(nodes, latency, seconds=time.perf_counter() - started),
+        summary=summarize(
+            nodes, latency, type_counts(model), seconds=time.perf_counter() - started
+        ),
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
@@ -351,6 +366,7 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
     return {
         "weight_range": plan.weight_range.value,
         "never_slower": plan.never_slower,
+        "cast_io": plan.cast_io,
         "min_output_sqnr": options.min_output_sqnr,
         "metric": options.metric,
         "max_metric_drop": options.max_metric_drop,

@@ -15,7 +15,7 @@ from qcompiler.ir.editing import (
     remove_node,
     value_names,
 )
-from qcompiler.ir.float_types import is_scale
+from qcompiler.ir.float_types import data_type_of, is_scale
 from qcompiler.ir.provenance import CREATED_BY
 from qcompiler.ir.substitution import new_node
 from qcompiler.passes.lower.cast_constants import ConstantCaster
@@ -90,7 +90,7 @@ def apply_types(
             rewriter.set_attributes(node)
     for value, term in graph.producer.items():
         if term not in rewriter.float32:
-            value.type = ir.TensorType(graph.compute.data_type)
+            value.type = ir.TensorType(data_type_of(graph.compute))
     for value in list(graph.producer):
         rewriter.cast_value(value)
     return Applied(tuple(rewriter.casts), tuple(_remove_needless(graph.model, created_by)))
@@ -110,7 +110,7 @@ class _Rewriter:
         self.casts: list[InsertedCast] = []
         self.float32 = float32 | {FLOAT32_TERM}
         self._graph = graph
-        self._low = graph.compute.data_type
+        self._low = data_type_of(graph.compute)
         self._caster = caster
         self._created_by = created_by
         self._taken = value_names(graph.model)

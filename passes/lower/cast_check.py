@@ -11,10 +11,10 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.held_out import spread
 from qcompiler.execution.sessions import open_session
 from qcompiler.ir.dataflow import all_nodes, bodies_of, inputs_with_captures
-from qcompiler.ir.float_types import ComputeType
 from qcompiler.passes.lower.cast_apply import Applied
-from qcompiler.passes.lower.cast_measure import Extremes, fitting, measure_extremes
+from qcompiler.passes.lower.cast_measure import Extremes, measure_extremes
 from qcompiler.progress import Progress
+from qcompiler.quant.compute_type import ComputeType
 
 _CALLS_AS_IS = 2
 """Calls on which the runtime runs the graph as it is: that it can is what matters there."""
@@ -107,7 +107,7 @@ def runs_as_it_is(
         model, optimize=False, threads=options.threads, custom_op_libraries=libraries
     ) as session:
         for feeds in spread(options.samples, _CALLS_AS_IS):
-            for name, values in session.run(fitting(feeds, model)).items():
+            for name, values in session.run(session.fitting(feeds)).items():
                 was_nan = truth.get(name, Extremes()).nan
                 if values.dtype.kind == "f" and not was_nan and np.isnan(values).any():
                     return name

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.float_types import ComputeType
+from qcompiler.ir.float_types import data_type_of
 from qcompiler.ir.weights import WeightStore, read_all, read_slice
+from qcompiler.quant.compute_type import ComputeType
 
 Array = npt.NDArray[Any]
 
@@ -90,7 +91,7 @@ class ConstantCaster:
         """
         key = (self._key(tensor), 0.0)
         if key not in self._made:
-            dtype = self._compute.data_type
+            dtype = data_type_of(self._compute)
             self._made[key] = self._map(tensor, dtype, self._compute.largest)
         return self._made[key]
 

@@ -22,13 +22,13 @@ from qcompiler.ir.dataflow import (
 from qcompiler.ir.float_types import (
     HEAVY,
     MOVING,
-    ComputeType,
     Place,
     is_control_flow,
     is_float32,
     places_of,
 )
 from qcompiler.passes.lower.cast_cut import cheapest_division
+from qcompiler.quant.compute_type import ComputeType
 
 FLOAT32_TERM: Final = 0
 """The term of every place that is float32 whatever is decided."""

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.calibration.calls import Samples
+from qcompiler.execution.narrow_floats import emulated
 from qcompiler.execution.sessions import open_session
 from qcompiler.execution.taps import keep_only
 from qcompiler.ir.dataflow import all_graphs, all_nodes, bodies_of, is_op
 from qcompiler.ir.editing import add_initializer, fresh_name, value_names
-from qcompiler.passes.lower.cast_emulation import emulated
 from qcompiler.progress import Advance
 
 _FLOATS: Final = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -147,24 +147,13 @@ def _run(
         tapped, optimize=False, threads=threads, custom_op_libraries=libraries
     ) as runner:
         for feeds in samples:
-            results = runner.run(fitting(feeds, tapped))
+            results = runner.run(runner.fitting(feeds))
             for (name, part), output in outputs.items():
                 number = _number(results[output])
                 found[name][part] = _merged(part, found[name][part], number)
             del results
             advance(1)
     return found
-
-
-def fitting(feeds: Feeds, model: ir.Model) -> Feeds:
-    """Return a call with its float inputs in the types that a model takes."""
-    types = {value.name: value.dtype for value in model.graph.inputs}
-    fitted: Feeds = {}
-    for name, values in feeds.items():
-        dtype = types.get(name)
-        is_float = dtype in _FLOATS and values.dtype.kind in "fV"
-        fitted[name] = values.astype(dtype.numpy()) if dtype and is_float else values
-    return fitted
 
 
 def _number(result: npt.NDArray[Any]) -> float:

@@ -8,7 +8,6 @@ import onnx_ir as ir
 from qcompiler.ir.dataflow import all_nodes, inputs_with_captures, int_attribute, is_op
 from qcompiler.ir.float_types import (
     SENSITIVE,
-    ComputeType,
     is_control_flow,
     is_float32,
     is_scale,
@@ -17,6 +16,7 @@ from qcompiler.passes.lower.cast_constants import ConstantCaster, ConstantFacts
 from qcompiler.passes.lower.cast_graph import FLOAT32_TERM, Read, TypedGraph
 from qcompiler.passes.lower.cast_masks import MASK, only_masks
 from qcompiler.passes.lower.cast_measure import Extremes
+from qcompiler.quant.compute_type import ComputeType
 
 _EXACT_READERS: Final = (
     *("Sin", "Cos", "Tan", "Floor", "Ceil", "Round", "Mod", "Equal", "Less", "LessOrEqual"),

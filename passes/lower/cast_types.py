@@ -11,8 +11,8 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.errors import ParityError, UsageError
 from qcompiler.ir.blocks import find_blocks
 from qcompiler.ir.dataflow import all_nodes, node_name
-from qcompiler.ir.float_types import COMPUTE_TYPE, TYPE_REASON, ComputeType
-from qcompiler.ir.provenance import origins_of
+from qcompiler.ir.provenance import COMPUTE_TYPE, SCHEME, TYPE_REASON, WEIGHT, annotate
+from qcompiler.ir.quantizable import find_sites
 from qcompiler.ir.selection import SelectionIndex
 from qcompiler.ir.shapes import infer_shapes
 from qcompiler.ir.weights import constant_bytes
@@ -28,7 +28,10 @@ from qcompiler.passes.lower.cast_rules import (
     force_by_op,
     force_by_range,
 )
-from qcompiler.quant.selector import Selector, nearest
+from qcompiler.passes.lower.stored_bytes import record_stored_bytes
+from qcompiler.quant.compute_type import ComputeType
+from qcompiler.quant.scheme import FLOAT
+from qcompiler.quant.selector import Selector
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
@@ -49,7 +52,7 @@ class CastTypesOptions:
         samples: Calls that show which values leave the range, None to go by rules alone.
         keep_io: Whether inputs and outputs of the model stay float32.
         margin: How much larger than on the samples values may be elsewhere.
-        exclude: Nodes that stay float32.
+        float32: Nodes that stay float32.
         memory_budget: Bytes the process may take while it reads and rounds weights.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
     """
@@ -58,7 +61,7 @@ class CastTypesOptions:
     samples: Samples | None = None
     keep_io: bool = True
     margin: float = 4.0
-    exclude: tuple[Selector, ...] = ()
+    float32: tuple[Selector, ...] = ()
     memory_budget: int = 2 << 30
     custom_op_libraries: tuple[Path, ...] = ()
 
@@ -79,8 +82,11 @@ class CastTypes(Pass):
     there are samples, the result is run on them with every value rounded as it is stored, and
     islands grow until no value is NaN or infinite that is not so in float32.
 
+    Without `keep_io`, float inputs and outputs of the model get the type, too, where what reads
+    and makes them does.
+
     Raises (from `run`):
-        UsageError: The model was cast to another type before, or `exclude` names no node.
+        UsageError: The model was cast to another type before, or `float32` names no node.
         ModelError: Weights cannot be read.
         ParityError: Values are NaN or infinite on samples, however far islands grow.
         TargetError: ONNX Runtime cannot run the model on a sample.
@@ -95,6 +101,7 @@ class CastTypes(Pass):
 
     def __init__(self, options: CastTypesOptions | None = None) -> None:
         self.options = options or CastTypesOptions()
+        self.retypes_signature = not self.options.keep_io
 
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Choose the islands, try them on samples, and cast the rest."""
@@ -107,7 +114,7 @@ class CastTypes(Pass):
             caster = ConstantCaster(context.store, options.type, options.memory_budget, advance)
             graph = self._typed(model)
             forced = Forced()
-            self._force_excluded(graph, forced)
+            self._force_asked(graph, forced)
             force_by_op(graph, forced)
             masks = force_by_constants(graph, caster, forced)
             if options.samples is None:
@@ -159,7 +166,7 @@ class CastTypes(Pass):
             reach = self._grow(graph, found, forced, reach)
         name, fault = next(iter(found.items()))
         message = f"holds {fault} in {self.options.type} on the samples, and in float32 does not"
-        hint = f"keep the nodes around it in float32 with exclude, or use {_other(graph.compute)}"
+        hint = f"keep the nodes around it in float32 with --float32, or use {_other(graph.compute)}"
         raise ParityError(message, where=name, hint=hint)
 
     def _grow(
@@ -182,20 +189,17 @@ class CastTypes(Pass):
                 return reach
         return None
 
-    def _force_excluded(self, graph: TypedGraph, forced: Forced) -> None:
+    def _force_asked(self, graph: TypedGraph, forced: Forced) -> None:
         """Force what the user wants in float32.
 
         Raises:
             UsageError: A selector means no node.
         """
-        selectors = self.options.exclude
+        selectors = self.options.float32
         blocks = any(selector.blocks is not None for selector in selectors)
         index = SelectionIndex(graph.model, find_blocks(graph.model) if blocks else [])
         for selector in selectors:
-            nodes = [node for node in all_nodes(graph.model) if index.selects(selector, node)]
-            if not nodes:
-                raise _unmatched(selector, graph.model)
-            for node in nodes:
+            for node in index.nodes(selector, "float32"):
                 if node in graph.term_of:
                     forced.add(graph.term_of[node], f"it was asked for by {selector}")
 
@@ -204,7 +208,8 @@ class CastTypes(Pass):
     ) -> PassResult:
         """Write on every float32 node why it is one, and say what was done."""
         compute = graph.compute
-        graph.model.metadata_props[COMPUTE_TYPE] = compute
+        graph.model.metadata_props[COMPUTE_TYPE] = compute.value
+        _record_bytes(graph.model)
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         terms = {node: [term] for node, term in graph.term_of.items()}
@@ -243,6 +248,17 @@ class CastTypes(Pass):
         return PassResult((), tuple(found))
 
 
+def _record_bytes(model: ir.Model) -> None:
+    """Write what weights take now on the ops of which it was known before."""
+    record_stored_bytes(model, None)
+    sizes: dict[ir.Node, int] = {}
+    for site in find_sites(model)[0]:
+        sizes[site.node] = sizes.get(site.node, 0) + site.tensor.nbytes
+    for node, size in sizes.items():
+        if node.metadata_props.get(SCHEME) == FLOAT and WEIGHT in node.metadata_props:
+            annotate(node, weight_bytes_after=size)
+
+
 def _by_name(masks: Mapping[ir.Value, float]) -> dict[str, float]:
     return {value.name or "": limit for value, limit in masks.items()}
 
@@ -255,11 +271,3 @@ def _other(compute: ComputeType) -> ComputeType:
 def _holds_float32(node: ir.Node) -> bool:
     values = (*node.inputs, *node.outputs)
     return any(value is not None and value.dtype == ir.DataType.FLOAT for value in values)
-
-
-def _unmatched(selector: Selector, model: ir.Model) -> UsageError:
-    names = [name for node in all_nodes(model) for name in origins_of(node)]
-    close = nearest(selector.name, names) if selector.name else []
-    message = f"{selector} means no node"
-    hint = f"nearest: {', '.join(close)}" if close else "`qcompile inspect` lists the names"
-    return UsageError(message, where="exclude", hint=hint)

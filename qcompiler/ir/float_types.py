@@ -6,7 +6,7 @@ go stale here. What is wise is a table.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
@@ -14,44 +14,12 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.ir.dataflow import bodies_of, is_op, standard_domain
-from qcompiler.ir.provenance import PREFIX
-
-COMPUTE_TYPE: Final = f"{PREFIX}compute_type"
-"""On the model: the type that it was cast to. On a node: float32, where it did not get that."""
-TYPE_REASON: Final = f"{PREFIX}type_reason"
-"""On a node that stays in float32: why."""
+from qcompiler.quant.compute_type import ComputeType
 
 
-class ComputeType(StrEnum):
-    """A 16-bit type to compute in."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-    @property
-    def data_type(self) -> ir.DataType:
-        """The ONNX element type."""
-        return ir.DataType[self.name]
-
-    @property
-    def largest(self) -> float:
-        """The largest finite number: 65504 or 3.39e38."""
-        return 65504.0 if self is ComputeType.FLOAT16 else (2 - 2.0**-7) * 2.0**127
-
-    @property
-    def smallest_normal(self) -> float:
-        """The smallest number that has all bits of the mantissa: 6.1e-5 or 1.2e-38."""
-        return 2.0**-14 if self is ComputeType.FLOAT16 else 2.0**-126
-
-    @property
-    def smallest(self) -> float:
-        """The smallest positive number: 6e-8 or 9.2e-41."""
-        return self.smallest_normal * self.epsilon
-
-    @property
-    def epsilon(self) -> float:
-        """The distance from 1 to the next number: 9.8e-4 or 7.8e-3."""
-        return 2.0**-10 if self is ComputeType.FLOAT16 else 2.0**-7
+def data_type_of(compute: ComputeType) -> ir.DataType:
+    """Return the element type of a graph's values."""
+    return ir.DataType[compute.onnx_name]
 
 
 class Place(Enum):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.ir.shapes import infer_shapes
-from qcompiler.passes.lower.cast_measure import Extremes, fitting, measure_extremes
+from qcompiler.passes.lower.cast_measure import Extremes, measure_extremes
 from tests.support.graphs import build, serialized
 
 
@@ -89,9 +89,3 @@ def test_bfloat16_is_rounded_where_it_is_stored() -> None:
     found = measured(model, {"x": np.array([2e38, 1.001], np.float32)})
     assert found["y"].infinite
     assert found["y"].high == 2.0
-
-
-def test_calls_are_cast_to_the_type_of_the_inputs() -> None:
-    model = build("g (float16[N] x, int64[N] i) => (float16[N] y) { y = Neg(x) }")
-    found = fitting({"x": np.array([1], np.float32), "i": np.array([3])}, model)
-    assert [found[name].dtype.name for name in "xi"] == ["float16", "int64"]

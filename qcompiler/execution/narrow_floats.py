@@ -1,4 +1,4 @@
-"""A graph of 16-bit floats in float32, with every value rounded as it is stored.
+"""Running graphs of 16-bit floats: in float32, with every value rounded as it is stored.
 
 ONNX Runtime's CPU provider runs what it has no 16-bit kernel for in float32, and hands the
 float32 result on where the next op has none either. So a float16 graph whose `Mul(x, x)` overflows
@@ -38,6 +38,29 @@ def emulated(model: ir.Model) -> ir.Model:
             if value.dtype in _NARROW:
                 _round(node, value, taken)
     return copy
+
+
+def has_bfloat16(model: ir.Model) -> bool:
+    """Whether a model computes in bfloat16, for which ONNX Runtime has no kernels on a CPU."""
+    return ir.DataType.BFLOAT16 in _types_in(model)
+
+
+def has_narrow_floats(model: ir.Model) -> bool:
+    """Whether a model computes in a type that `emulated` rounds to."""
+    return not _types_in(model).isdisjoint(_NARROW)
+
+
+def _types_in(model: ir.Model) -> set[ir.DataType | None]:
+    values = [*model.graph.inputs]
+    for graph in all_graphs(model):
+        values += graph.initializers.values()
+    values += [value for node in all_nodes(model) for value in node.outputs]
+    return {value.dtype for value in values}
+
+
+def runnable(model: ir.Model) -> ir.Model:
+    """Return a model that ONNX Runtime runs on a CPU: `emulated` where it holds bfloat16."""
+    return emulated(model) if has_bfloat16(model) else model
 
 
 def _round(node: ir.Node, value: ir.Value, taken: set[str]) -> None:
