@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -117,6 +118,20 @@ def capability_of(text: str) -> str:
     return f"SM{digits}"
 
 
+def require_library(options: EngineOptions) -> None:
+    """Raise UsageError where the library of an engine is missing, before any work is done.
+
+    What another interpreter has shows when the engine is built.
+    """
+    if options.library not in LIBRARIES:
+        message = f"no library for engines is called {options.library!r}"
+        raise UsageError(message, hint=f"there are {', '.join(LIBRARIES)}")
+    library = LIBRARIES[options.library]
+    if options.python is None and find_spec(library.module) is None:
+        message = f"{library.title} is not installed, so no engine can be built"
+        raise UsageError(message, hint=f"pip install 'qcompiler[{library.extra}]'")
+
+
 def build_engine(
     model: Path, output: Path, options: EngineOptions, *, progress: Progress | None = None
 ) -> EngineFile:
@@ -137,9 +152,7 @@ def build_engine(
         TargetError: The library refuses the model, fails or crashes, or takes too much memory;
             `where` is the node, where it names one.
     """
-    if options.library not in LIBRARIES:
-        message = f"no library for engines is called {options.library!r}"
-        raise UsageError(message, hint=f"there are {', '.join(LIBRARIES)}")
+    require_library(options)
     refuse_unwritable(output)
     library = LIBRARIES[options.library]
     with (

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,20 @@ from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
+from qcompiler.engine import (
+    EngineRequest,
+    build_and_check,
+    engine_manifest,
+    engine_warnings,
+    requested_engine,
+    with_named_engine,
+    with_profiles,
+)
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.execution.narrow_floats import has_bfloat16
+from qcompiler.export.checked_file import refuse_unwritable
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
@@ -46,7 +56,7 @@ from qcompiler.report.build import (
 )
 from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json, report_json
-from qcompiler.report.records import FileFacts, NodeReport, Report
+from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
@@ -64,6 +74,7 @@ class CompileResult:
         report_path: The report, JSON (docs/report-schema.md).
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
+        engine_path: The engine, None where none was asked for; its manifest lies beside it.
     """
 
     path: Path
@@ -71,6 +82,7 @@ class CompileResult:
     report_path: Path
     manifest_path: Path
     report: Report
+    engine_path: Path | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -103,7 +115,8 @@ def compile_model(
         source: Path of an ONNX model, or a model in memory (it is not changed).
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
-            A model in memory needs it. Report and manifest go beside it.
+            A model in memory needs it. Report and manifest go beside it. Where it names an engine,
+            the model is called the same, with .onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:
@@ -112,7 +125,7 @@ def compile_model(
     Raises:
         UsageError: Options, recipe or paths that cannot be used.
         ModelError: The model is malformed, or there is nothing in it to compile.
-        TargetError: The runtime cannot load the result.
+        TargetError: The runtime cannot load the result, or no engine can be built from it.
         ParityError: `verify="numerics"` found a pass that changes what it must not.
         InternalError: A pass is defective; a reproducer is kept beside the output.
 
@@ -121,15 +134,19 @@ def compile_model(
     started = time.perf_counter()
     options = options or CompileOptions()
     progress = progress or SilentProgress()
+    options, output = with_named_engine(options, output)
     plan = make_plan(options)
+    engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace:
+    with _workspace(target_path) as workspace, _engine_workspace(engine) as engine_workspace:
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
         size, opset = _size_and_opset(path, model)
         with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
             plan = with_data(plan, model, digest.result)
+            if engine is not None:
+                engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
             numerics = _numerics_hook(model, options)
             hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
@@ -146,6 +163,10 @@ def compile_model(
         inspection = _inspect(model, saved, options, progress)
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
+        built = None
+        if engine is not None:
+            made = engine_workspace / "out" / engine.path.name
+            built = build_and_check(engine, saved.path, model, made, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
             plan,
@@ -158,9 +179,13 @@ def compile_model(
             inspection,
             quality,
             latency,
+            built,
             started,
         )
-        return _publish(saved, target_path, report, _settings(plan, options))
+        result = _publish(saved, target_path, report, _settings(plan, options))
+        if engine is None or built is None:
+            return result
+        return replace(result, engine_path=_publish_engine(engine, engine_workspace, report))
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -196,6 +221,32 @@ def _workspace(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _engine_workspace(engine: EngineRequest | None) -> Iterator[Path]:
+    """Make a folder for an engine beside where it goes; no folder where there is none."""
+    if engine is None:
+        yield Path()
+        return
+    refuse_unwritable(engine.path)
+    with _workspace(engine.path) as folder:
+        yield folder
+
+
+def _publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Path:
+    """Write the manifest of an engine, and rename both into place."""
+    made = workspace / "out" / engine.path.name
+    manifest = made.with_name(engine.manifest_path.name)
+    assert report.engine is not None
+    try:
+        manifest.write_text(engine_manifest(engine, report.engine, report.output), encoding="utf-8")
+        manifest.replace(engine.manifest_path)
+        made.replace(engine.path)
+    except OSError as error:
+        message = f"cannot write the engine: {error.strerror}"
+        raise UsageError(message, where=str(engine.path)) from error
+    return engine.path
 
 
 def _source_file(
@@ -298,6 +349,7 @@ def _quality(
         source,
         saved.path,
         plan.data.samples,
+        native=plan.target.runs_here,
         custom_op_libraries=plan.custom_op_libraries,
         progress=progress,
     )
@@ -330,9 +382,11 @@ def _report(
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
     latency: Sequence[Timing],
+    engine: EngineReport | None,
     started: float,
 ) -> Report:
     warnings = latency_warnings(latency) + kernel_warnings(nodes) + type_warnings(model)
+    warnings += engine_warnings(engine)
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
@@ -358,6 +412,7 @@ def _report(
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        engine=engine,
     )
 
 

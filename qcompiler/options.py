@@ -7,6 +7,7 @@ from pathlib import Path
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
 from qcompiler.errors import UsageError
+from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
@@ -114,6 +115,10 @@ class CompileOptions:
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
+        engine: Where an engine goes that is built from the result, None for none; an output that
+            ends in .engine or .plan is one, too.
+        engine_options: How it is built. Its library is the target's; shapes that its profile does
+            not give come from the samples.
         workers: Threads for quantizing; None is the number of processors.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
     """
@@ -145,6 +150,8 @@ class CompileOptions:
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
+    engine: Path | None = None
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     workers: int | None = None
     memory_limit: int = 64 << 20
 

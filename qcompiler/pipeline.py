@@ -144,6 +144,7 @@ def make_plan(options: CompileOptions) -> Plan:
         or correct_bias
         or options.reconstruct is not Reconstruction.NONE
         or recipe.compute_type is not None
+        or options.engine is not None
     )
     calibration = _calibration(options, schemes, sampled=sampled)
     if options.reconstruct is not Reconstruction.NONE and calibration is None:

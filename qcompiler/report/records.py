@@ -178,6 +178,60 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class UnplannedWeight:
+    """A weight that does not lie in an engine as the graph holds it.
+
+    Attributes:
+        name: The initializer.
+        planned: The type in the graph.
+        found: The wider type in the engine; None where it was not found in any form that is known.
+        planned_bytes: What it takes in the graph, without scales.
+        found_bytes: What it takes in the engine; None where it was not found.
+    """
+
+    name: str
+    planned: str
+    found: str | None
+    planned_bytes: int
+    found_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """The engine that was built from the compiled model.
+
+    Attributes:
+        name: File name without folders.
+        bytes: Its size.
+        sha256: Its hash.
+        library: What built it.
+        version: Of the library.
+        capabilities: Processors that it is for; empty is that of the machine.
+        seconds: What the library took.
+        layers: Layers of the network before the library fused any.
+        planned_bytes: Bytes of all constants of the graph, each once.
+        weights: Weights that were looked for in it; None, as below, where none are in it.
+        as_planned: How many were found in the type that the graph holds them in, and no wider one.
+        other: The others.
+        warnings: What the library warned of.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    library: str
+    version: str
+    capabilities: tuple[str, ...]
+    seconds: float
+    layers: int
+    planned_bytes: int
+    weights: int | None
+    as_planned: int | None
+    other: tuple[UnplannedWeight, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Totals over all weights; a weight that several ops share counts once.
 
@@ -239,5 +293,6 @@ class Report:
     warnings: tuple[str, ...]
     runtime: str | None
     calibration: CalibrationReport | None = None
+    engine: EngineReport | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

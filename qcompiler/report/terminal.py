@@ -11,6 +11,7 @@ from rich.table import Table
 from qcompiler.errors import printable
 from qcompiler.report.records import (
     CalibrationReport,
+    EngineReport,
     NodeReport,
     PassReport,
     QualityReport,
@@ -22,6 +23,7 @@ _WIDTH_OF_A_FILE = 160
 _NAMES_SHOWN = 3
 _PASSES_SHOWN = 3
 _TYPE_REASONS_SHOWN = 8
+_UNPLANNED_SHOWN = 10
 
 
 def escape(text: str) -> str:
@@ -50,7 +52,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in _calibration(report.calibration):
+    for line in (*_calibration(report.calibration), *_engine(report.engine)):
         console.print(escape(line), highlight=False)
     for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
@@ -71,6 +73,26 @@ def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
             f"output {output.name}: {_native(output)}, "
             f"{_db(output.emulated_db)} with Q/DQ computed in float"
         )
+
+
+def _engine(engine: EngineReport | None) -> Iterator[str]:
+    if engine is None:
+        return
+    where = f" for {', '.join(engine.capabilities)}" if engine.capabilities else ""
+    yield (
+        f"engine {engine.name}{where} by {engine.library} {engine.version}: {size(engine.bytes)}, "
+        f"constants of the graph {size(engine.planned_bytes)}; {engine.layers} layers, built in "
+        f"{engine.seconds:.1f} s"
+    )
+    if engine.weights is not None:
+        yield f"{engine.as_planned} of {engine.weights} weights lie in it as planned"
+    for weight in engine.other[:_UNPLANNED_SHOWN]:
+        found = "not found" if weight.found is None else f"found as {weight.found}"
+        yield f"  {weight.name}: planned as {weight.planned}, {found}"
+    if len(engine.other) > _UNPLANNED_SHOWN:
+        yield f"  and {len(engine.other) - _UNPLANNED_SHOWN} more, in the report"
+    for text in engine.warnings:
+        yield f"  {engine.library} warns: {text}"
 
 
 def _native(output: QualityReport) -> str:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,111 +17,10 @@ from qcompiler.errors import QCompilerError, TargetError, UsageError
 from qcompiler.export.tensorrt_profiles import ShapeRange
 from qcompiler.export.to_tensorrt import LIBRARIES, EngineOptions, build_engine, capability_of
 from qcompiler.progress import Advance
+from tests.support.fake_tensorrt import Does, library
 from tests.support.graphs import build
 
-FAKE = '''
-"""Does what the test's plan says, through the part of the API that is used."""
-import enum, json, os, pathlib, sys, time
-
-PLAN = json.loads(pathlib.Path(__file__).with_name("plan.json").read_text())
-__version__ = "9.9"
-
-class BuilderFlag(enum.IntEnum):
-    REFIT = 0
-class MemoryPoolType(enum.IntEnum):
-    WORKSPACE = 0
-class ComputeCapability(enum.IntEnum):
-    SM86 = 0
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    STRONGLY_TYPED = 1
-class HardwareCompatibilityLevel(enum.IntEnum):
-    NONE = 0
-class ILogger: pass
-class IProgressMonitor: pass
-
-class Config:
-    def __init__(self): self.calls, self.__dict__["cache"] = [], None
-    def set_flag(self, flag): self.calls.append(["flag", flag.name])
-    def set_memory_pool_limit(self, pool, size): self.calls.append(["pool", pool.name, size])
-    def set_compute_capability(self, capability, index): self.calls.append(["sm", capability.name])
-    def create_timing_cache(self, data): return data
-    def set_timing_cache(self, data, ignore_mismatch): self.cache = data
-    def get_timing_cache(self): return Cache(self.cache + b"+")
-    def add_optimization_profile(self, profile): self.calls.append(["profile", profile.shapes])
-
-class Cache:
-    def __init__(self, data): self.data = data
-    def serialize(self): return self.data
-
-class Profile:
-    def __init__(self): self.shapes = {}
-    def set_shape(self, name, *shapes): self.shapes[name] = shapes
-    def set_shape_input(self, name, *values): self.shapes[name + " values"] = values
-
-class Input:
-    name, shape, is_shape_tensor = "x", (-1, 8), False
-
-class Rounds:
-    name, shape, is_shape_tensor = "n", (), True
-
-class Network:
-    num_layers = 3
-    num_inputs = property(lambda self: 2 if PLAN.get("rounds") else 1)
-    def get_input(self, index): return (Input, Rounds)[index]
-
-class Error:
-    def __init__(self, node): self.node = node
-    def node_name(self): return self.node
-    def node_operator(self): return "Relu"
-    def desc(self): return "not today"
-
-class OnnxParser:
-    def __init__(self, network, logger): self.errors = [Error(n) for n in PLAN.get("parse", [])]
-    num_errors = property(lambda self: len(self.errors))
-    def get_error(self, index): return self.errors[index]
-    def parse_from_file(self, path): return not self.errors
-
-class Engine(bytes):
-    nbytes = property(len)
-
-class Builder:
-    def __init__(self, logger): self.logger = logger
-    def create_network(self, flags): assert flags == 2; return Network()
-    def create_builder_config(self): return Config()
-    def create_optimization_profile(self): return Profile()
-    def build_serialized_network(self, network, config):
-        print("chatter of the library")
-        monitor = config.progress_monitor
-        monitor.phase_start("Building", None, 4)
-        monitor.phase_start("inner", "Building", 9)
-        monitor.step_complete("inner", 0)
-        monitor.step_complete("Building", 0)
-        for severity, text in PLAN.get("log", []):
-            self.logger.log(severity, text)
-        if PLAN.get("hog"):
-            held = [bytearray(b"1") * (1 << 22) for _ in range(200) if time.sleep(0.01) is None]
-        if PLAN.get("abort"):
-            os.abort()
-        monitor.phase_finish("Building")
-        if PLAN.get("nothing"):
-            return None
-        return Engine(json.dumps(config.calls).encode())
-'''
-
-
-@pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that says what the library of the test does."""
-    folder = tmp_path / "library"
-    folder.mkdir()
-    (folder / "tensorrt_rtx.py").write_text(FAKE, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-
-    def plan(**does: Any) -> None:
-        (folder / "plan.json").write_text(json.dumps(does), encoding="utf-8")
-
-    plan()
-    return plan
+__all__ = ["library"]
 
 
 def make(folder: Path, **options: Any) -> tuple[Any, list[Any]]:
@@ -137,7 +38,7 @@ def failure(folder: Path, **options: Any) -> QCompilerError:
     return caught.value
 
 
-def test_everything_that_is_asked_for_reaches_the_library(library: Any, tmp_path: Path) -> None:
+def test_everything_that_is_asked_for_reaches_the_library(library: Does, tmp_path: Path) -> None:
     library(log=[[2, "slow"], [2, "slow"], [3, "chatter"]])
     engine, calls = make(
         tmp_path, flags=("REFIT",), pools={"WORKSPACE": 1 << 20}, capabilities=("SM86",)
@@ -152,7 +53,7 @@ def test_everything_that_is_asked_for_reaches_the_library(library: Any, tmp_path
     assert engine.size == engine.path.stat().st_size
 
 
-def test_parse_errors_name_our_nodes(library: Any, tmp_path: Path) -> None:
+def test_parse_errors_name_our_nodes(library: Does, tmp_path: Path) -> None:
     library(parse=["layer1/relu", "layer2/relu"])
     error = failure(tmp_path)
     assert isinstance(error, TargetError)
@@ -161,31 +62,31 @@ def test_parse_errors_name_our_nodes(library: Any, tmp_path: Path) -> None:
     assert "layer2/relu (Relu): not today" in error.message
 
 
-def test_a_crash_of_the_library_is_an_error_here(library: Any, tmp_path: Path) -> None:
+def test_a_crash_of_the_library_is_an_error_here(library: Does, tmp_path: Path) -> None:
     library(abort=True, log=[[1, "something is wrong"]])
     error = failure(tmp_path)
     assert isinstance(error, TargetError)
     assert "crashed with SIGABRT: something is wrong" in error.message
 
 
-def test_a_build_that_fails_says_what_was_logged(library: Any, tmp_path: Path) -> None:
+def test_a_build_that_fails_says_what_was_logged(library: Does, tmp_path: Path) -> None:
     library(nothing=True, log=[[1, "no kernel for node 7"]])
     assert "cannot build the engine: no kernel for node 7" in failure(tmp_path).message
 
 
-def test_memory_is_limited(library: Any, tmp_path: Path) -> None:
+def test_memory_is_limited(library: Does, tmp_path: Path) -> None:
     library(hog=True)
     error = failure(tmp_path, memory_limit=200 << 20)
     assert error.message == "building the engine took more than 200 MiB"
 
 
-def test_inputs_of_unknown_size_need_a_profile(library: Any, tmp_path: Path) -> None:
+def test_inputs_of_unknown_size_need_a_profile(library: Does, tmp_path: Path) -> None:
     error = failure(tmp_path, profile={})
     assert isinstance(error, UsageError)
     assert "input x has shape (-1, 8), and no profile says which shape it takes" in error.message
 
 
-def test_values_that_decide_shapes_come_from_samples(library: Any, tmp_path: Path) -> None:
+def test_values_that_decide_shapes_come_from_samples(library: Does, tmp_path: Path) -> None:
     library(rounds=True)
     shapes = {"x": ShapeRange((1, 8), (2, 8), (4, 8))}
     assert "which values it takes" in failure(tmp_path, profile=shapes).message
@@ -205,7 +106,7 @@ def test_values_that_decide_shapes_come_from_samples(library: Any, tmp_path: Pat
     ],
 )
 def test_unknown_names_list_the_known(
-    options: dict[str, Any], fault: str, library: Any, tmp_path: Path
+    options: dict[str, Any], fault: str, library: Does, tmp_path: Path
 ) -> None:
     error = failure(tmp_path, **options)
     assert isinstance(error, UsageError)
@@ -216,21 +117,23 @@ def test_a_missing_library_is_one_sentence(tmp_path: Path) -> None:
     options = EngineOptions(library="tensorrt")
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
-    with pytest.raises(UsageError, match="TensorRT cannot be imported") as caught:
-        build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", options)
-    assert caught.value.hint == "pip install 'qcompiler[tensorrt]'"
+    elsewhere = replace(options, python=Path(sys.executable))
+    for each, fault in ((options, "is not installed"), (elsewhere, "cannot be imported")):
+        with pytest.raises(UsageError, match=f"TensorRT {fault}") as caught:
+            build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", each)
+        assert caught.value.hint == "pip install 'qcompiler[tensorrt]'"
     with pytest.raises(UsageError, match="no library for engines"):
         build_engine(tmp_path / "m", tmp_path / "e", EngineOptions(library="openvino"))
 
 
-def test_timings_are_kept_and_reused(library: Any, tmp_path: Path) -> None:
+def test_timings_are_kept_and_reused(library: Does, tmp_path: Path) -> None:
     cache = tmp_path / "library" / "timings"
     make(tmp_path, timing_cache=cache)
     make(tmp_path, timing_cache=cache)
     assert cache.read_bytes() == b"++"
 
 
-def test_progress_shows_the_outer_phases(library: Any, tmp_path: Path) -> None:
+def test_progress_shows_the_outer_phases(library: Does, tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Shown:
