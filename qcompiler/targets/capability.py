@@ -116,6 +116,7 @@ class Target:
         lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
         lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
         added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
+        engine: What builds engines for it, by its name in `export.to_tensorrt`; None is nobody.
     """
 
     name: str
@@ -133,6 +134,12 @@ class Target:
     lowering: tuple[str, ...]
     lowered_ops: tuple[LoweredOp, ...]
     added_biases: tuple[AddedBias, ...] = ()
+    engine: str | None = None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether ONNX Runtime is the runtime, so that kernels and latency can be looked at."""
+        return self.engine is None
 
 
 def resolve(target: Target, request: SchemeRequest) -> Resolution:
