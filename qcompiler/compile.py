@@ -137,7 +137,7 @@ def compile_model(
                     external_data=options.external_data,
                 )
             source_facts = FileFacts(name, size, digest.result(), opset)
-        inspection = _inspect(model, saved, options, progress)
+        inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)

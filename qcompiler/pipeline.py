@@ -137,6 +137,9 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.reconstruct is not Reconstruction.NONE and calibration is None:
         message = f"--reconstruct {options.reconstruct} needs samples to see what ops compute"
         raise UsageError(message, hint="give --calibration DATA")
+    if options.never_slower and not target.runs_here:
+        message = f"latency of {target.title} cannot be measured by ONNX Runtime"
+        raise UsageError(message, hint="leave --never-slower out, and time the engine")
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -154,7 +157,7 @@ def make_plan(options: CompileOptions) -> Plan:
         options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
-        never_slower=static and options.never_slower is not False,
+        never_slower=static and target.runs_here and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
     )
