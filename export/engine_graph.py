@@ -15,7 +15,7 @@ _KINDS: Final = {
     b"corrltn": "Conv",
     b"deconvolution": "ConvTranspose",
 }
-_TEXT: Final = re.compile(rb"[\t\n\x20-\x7e]{200,}")
+_TEXT: Final = re.compile(rb"[\t\n\x1f-\x7e]{200,}")
 _TENSOR: Final = re.compile(
     rb'^ *tensor=\{[^\n]*? name="([^"]+)"[^\n]*? type=(\w+) \}', re.MULTILINE
 )
@@ -34,7 +34,7 @@ class EngineProduct:
         nodes: Names of the nodes that it computes: several where the builder merged them.
         op: MatMul (also of a Gemm), Conv or ConvTranspose.
         operands: Types of data and weight as it multiplies them, by the engine's names: "int8",
-            "float", "half", "fp8_e4m3"; "" where the engine does not say.
+            "float", "half", "fp8_e4m3"; "" of a view, which has the type of the other operand.
     """
 
     nodes: tuple[str, ...]
@@ -44,7 +44,7 @@ class EngineProduct:
     @property
     def multiplies_integers(self) -> bool:
         """Whether both operands are 8-bit integers."""
-        return set(self.operands) == {"int8"}
+        return set(self.operands) - {""} == {"int8"}
 
 
 def products_of(engine: bytes) -> tuple[EngineProduct, ...]:
