@@ -128,7 +128,7 @@ def compile_model(
             hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model)
+            _require_something_done(model, plan)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -232,12 +232,17 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model) -> None:
-    """Stop when a model has no weight that could be quantized, rather than copy it."""
+def _require_something_done(model: ir.Model, plan: Plan) -> None:
+    """Stop when a model has no weight that could be quantized, rather than copy it.
+
+    Of a model that was quantized already another runtime's form is something to do.
+    """
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
+    if already and not plan.target.runs_here:
+        return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")

@@ -33,13 +33,16 @@ from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.passes.lower.center_activations import CenterActivations
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
+from qcompiler.passes.lower.decompose_quantized_ops import DecomposeQuantizedOps
 from qcompiler.passes.lower.isolate_float_ops import IsolateFloatOps
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
 from qcompiler.passes.lower.quantize_biases import QuantizeBiases
+from qcompiler.passes.lower.recode_weights import RecodeWeights
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
@@ -392,6 +395,9 @@ _LOWERING: dict[type[Pass], PassFactory] = {
     LowerDynamicQuantization: lambda plan: LowerDynamicQuantization(),
     DecodeAtLoad: lambda plan: DecodeAtLoad(),
     IsolateFloatOps: lambda plan: IsolateFloatOps(),
+    DecomposeQuantizedOps: lambda plan: DecomposeQuantizedOps(),
+    RecodeWeights: lambda plan: RecodeWeights(),
+    CenterActivations: lambda plan: CenterActivations(),
 }
 """Which of them run, and in which order, says the target."""
 

@@ -23,14 +23,23 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
         demands=(*_SIGNED_ONLY, Demand.WHOLE_BLOCKS, Demand.BLOCKS_ON_LAST_AXES),
     ),
     LoweredOp(("", "QuantizeLinear"), (_FLOATS, _FLOATS, _CODES), demands=_SIGNED_ONLY),
-    # What splitting outlier channels, correcting biases, equalizing and casting make.
+    # What splitting outlier channels, correcting biases, equalizing, casting, and taking in what
+    # other tools quantized, make.
     LoweredOp(("", "Add"), (_FLOATS, _FLOATS)),
+    LoweredOp(("", "AveragePool"), (_FLOATS,)),
     LoweredOp(("", "Cast")),
+    LoweredOp(("", "Clip"), (_FLOATS, _FLOATS, _FLOATS)),
     LoweredOp(("", "Concat"), (_FLOATS,)),
+    LoweredOp(("", "Conv"), (_FLOATS, _FLOATS, _FLOATS)),
     LoweredOp(("", "Gather"), (_FLOATS, ("INT32", "INT64"))),
+    LoweredOp(("", "Gemm"), (_FLOATS, _FLOATS, _FLOATS)),
+    LoweredOp(("", "GlobalAveragePool"), (_FLOATS,)),
+    LoweredOp(("", "LeakyRelu"), (_FLOATS,)),
     LoweredOp(("", "MatMul"), (_FLOATS, _FLOATS)),
     LoweredOp(("", "Mul"), (_FLOATS, _FLOATS)),
     LoweredOp(("", "Reshape"), (_FLOATS, ("INT64",))),
+    LoweredOp(("", "Sigmoid"), (_FLOATS,)),
+    LoweredOp(("", "Softmax"), (_FLOATS,)),
     LoweredOp(("", "Sub"), (_FLOATS, _FLOATS)),
     LoweredOp(("", "Transpose"), (_FLOATS,)),
 )

@@ -81,6 +81,51 @@ def test_weights_alone(scheme: str, tmp_path: Path, rtx: RtxBuilder) -> None:
     assert len(built.engine) < 4 * 512 * 512
 
 
+QUANTIZED = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[4,8,8,8] x) => (float[4,10] y) {{
+    q = QuantizeLinear(x, xs, xz)
+    [c1] c = QLinearConv<{PADS}>(q, xs, xz, w, ws, wz, cs, cz, b)
+    [pool] p = MaxPool<kernel_shape=[8,8]>(c) f = Flatten(p)
+    d = DequantizeLinear(f, cs, cz)
+    [fc] m = com.microsoft.MatMulNBits<K=16, N=10, bits=4, block_size=16>(d, n, ns)
+    y = Relu(m) }}"""
+
+
+def quantized_elsewhere() -> ir.Model:
+    generator = np.random.default_rng(0)
+    return build(
+        QUANTIZED,
+        {
+            "w": generator.integers(-64, 65, (16, 8, 3, 3)).astype(np.int8),
+            "ws": np.full(16, 0.01, np.float32),
+            "wz": np.zeros(16, np.int8),
+            "b": generator.integers(-100, 101, 16).astype(np.int32),
+            "n": generator.integers(0, 256, (10, 1, 8)).astype(np.uint8),
+            "ns": np.full(10, 0.1, np.float32),
+            **{name: np.float32(0.05) for name in ("xs", "cs")},
+            **{name: np.uint8(128) for name in ("xz", "cz")},
+        },
+    )
+
+
+def test_what_another_tool_quantized_keeps_its_outputs(tmp_path: Path) -> None:
+    model = quantized_elsewhere()
+    made = compiled(model, tmp_path, scheme="float", calibrated=False)
+    assert {node.domain for node in made.graph.all_nodes()} == {""}
+    feeds = random_feeds(model, 0)
+    # All zero points are in the middle, so that only sums differ: in integers and in floats.
+    assert distance_db(run_model(model, feeds)["y"], run_model(made, feeds)["y"]) > 50
+
+
+@requires_rtx
+def test_what_another_tool_quantized_builds(tmp_path: Path, rtx: RtxBuilder) -> None:
+    made = compiled(quantized_elsewhere(), tmp_path, scheme="float", calibrated=False)
+    built = rtx.build(made)
+    assert (built.stage, built.log) == ("done", ())
+    convolution = built.products[0]
+    assert convolution.multiplies_integers
+
+
 def test_latency_is_not_measured_where_engines_do_not_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="latency of TensorRT-RTX cannot be measured"):
         compiled(build(RESIDUAL, weights()), tmp_path, never_slower=True)
