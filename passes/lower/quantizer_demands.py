@@ -65,6 +65,16 @@ def _block_axes(node: ir.Node) -> str:
     return f"its blocks lie along axis {axis} of {len(shape)}, and only the last two may have them"
 
 
+def _left_blocks(node: ir.Node) -> str:
+    codes = node.inputs[0]
+    if codes is None or codes.dtype != ir.DataType.INT4 or not int_attribute(node, "block_size", 0):
+        return ""
+    for use in node.outputs[0].uses():
+        if is_op(use.node, "MatMul", "Gemm") and use.idx == 0:
+            return "its blocks of int4 are the first operand of a product, where builders crash"
+    return ""
+
+
 def _block_axis(node: ir.Node) -> int | None:
     """Return the axis of blocks, counted from 0; None where there are none or it is not known."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
@@ -79,5 +89,6 @@ _CHECKS: Final[Mapping[Demand, Callable[[ir.Node], str]]] = MappingProxyType(
         Demand.SIGNED: _signed,
         Demand.WHOLE_BLOCKS: _whole_blocks,
         Demand.BLOCKS_ON_LAST_AXES: _block_axes,
+        Demand.INT4_BLOCKS_ON_THE_RIGHT: _left_blocks,
     }
 )

@@ -28,6 +28,8 @@ _LEGAL: Final = frozenset(("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"))
 _BLOCKS: Final = (Demand.WHOLE_BLOCKS, Demand.BLOCKS_ON_LAST_AXES)
 
 Array = npt.NDArray[Any]
+_Made = dict[tuple[ir.Value, ir.Value | None, tuple[int, ...]], ir.Value]
+"""New codes, by the old ones, their zero points, and axis and size of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class RecodeWeights(Pass):
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         taken = value_names(model)
+        made: _Made = {}
         for node in list(all_nodes(model)):
             if not is_op(node, "DequantizeLinear") or constant_of(node.inputs[0]) is None:
                 continue
@@ -108,7 +111,7 @@ class RecodeWeights(Pass):
                 reason = "its scale or zero point is computed at run time"
                 skips.append(Skip(RULE, node_name(node), reason))
                 continue
-            name, recoding = node_name(node), _recode(weight, context.store, taken)
+            name, recoding = node_name(node), _recode(weight, context.store, taken, made)
             rewrites.append(Rewrite(RULE, name, recoding.detail))
             if recoding.decoded_for:
                 skips.append(Skip(RULE, name, f"stored as floats: {recoding.decoded_for}"))
@@ -131,7 +134,7 @@ def _weight_of(node: ir.Node) -> _Weight | None:
     return _Weight(node, codes, scale, zero_point)
 
 
-def _recode(weight: _Weight, store: WeightStore, taken: set[str]) -> _Recoding:
+def _recode(weight: _Weight, store: WeightStore, taken: set[str], made: _Made) -> _Recoding:
     """Rewrite one DequantizeLinear."""
     why = _why_decode(weight)
     if why:
@@ -140,7 +143,8 @@ def _recode(weight: _Weight, store: WeightStore, taken: set[str]) -> _Recoding:
     low, high = int(centred.min(initial=0)), int(centred.max(initial=0))
     for name, smallest, largest, bits in _SIGNED:
         if smallest <= low and high <= largest and bits >= weight.codes.dtype.bitwidth:
-            return _store(weight, centred.astype(np.int8), ir.DataType[name], store, taken)
+            narrow = centred.astype(np.int8)
+            return _store(weight, narrow, ir.DataType[name], store, taken, made)
     reason = f"codes less zero points go from {low} to {high}, and int8 holds -128 to 127"
     return _decode(weight, store, reason)
 
@@ -154,14 +158,24 @@ def _why_decode(weight: _Weight) -> str:
 
 
 def _store(
-    weight: _Weight, codes: Array, dtype: ir.DataType, store: WeightStore, taken: set[str]
+    weight: _Weight,
+    codes: Array,
+    dtype: ir.DataType,
+    store: WeightStore,
+    taken: set[str],
+    made: _Made,
 ) -> _Recoding:
     node, old = weight.node, list(weight.node.inputs)
     assert old[0] is not None
     graph = old[0].graph
     assert isinstance(graph, ir.Graph)
-    name = fresh_name(f"{old[0].name}.{dtype.name.lower()}", taken)
-    node.replace_input_with(0, add_initializer(graph, name, store.put(name, codes, dtype)))
+    # A table that two ops decode stays one table.
+    layout = tuple(int_attribute(node, name, 0) for name in ("axis", "block_size"))
+    key = (old[0], old[2] if len(old) > 2 else None, layout)
+    if key not in made:
+        name = fresh_name(f"{old[0].name}.{dtype.name.lower()}", taken)
+        made[key] = add_initializer(graph, name, store.put(name, codes, dtype))
+    node.replace_input_with(0, made[key])
     if len(old) > 2:
         node.resize_inputs(2)
     drop_unused_initializers([old[0], *old[2:]])

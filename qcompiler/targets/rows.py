@@ -132,6 +132,7 @@ class Demand(StrEnum):
     """Without a zero point and `output_dtype` its codes are uint8."""
     WHOLE_BLOCKS = "blocks divide their axis"
     BLOCKS_ON_LAST_AXES = "blocks lie along one of the last two axes"
+    INT4_BLOCKS_ON_THE_RIGHT = "blocks of int4 are no first operand of a product"
 
 
 @dataclass(frozen=True, slots=True)

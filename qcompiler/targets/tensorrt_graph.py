@@ -20,7 +20,12 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(
         ("", "DequantizeLinear"),
         (_CODES, _FLOATS, _CODES),
-        demands=(*_SIGNED_ONLY, Demand.WHOLE_BLOCKS, Demand.BLOCKS_ON_LAST_AXES),
+        demands=(
+            *_SIGNED_ONLY,
+            Demand.WHOLE_BLOCKS,
+            Demand.BLOCKS_ON_LAST_AXES,
+            Demand.INT4_BLOCKS_ON_THE_RIGHT,
+        ),
     ),
     LoweredOp(("", "QuantizeLinear"), (_FLOATS, _FLOATS, _CODES), demands=_SIGNED_ONLY),
     # What splitting outlier channels, correcting biases, equalizing, casting, and taking in what

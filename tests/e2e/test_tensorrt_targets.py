@@ -9,7 +9,7 @@ import pytest
 
 from qcompiler.calibration.observers import Observer
 from qcompiler.compile import compile_model
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError, UsageError
 from qcompiler.options import CalibrationOptions, CompileOptions
 from tests.support.calibrated import conv_weight as cw
 from tests.support.calibrated import distance_db
@@ -126,6 +126,30 @@ def test_what_another_tool_quantized_builds(tmp_path: Path, rtx: RtxBuilder) -> 
     assert convolution.multiplies_integers
 
 
+@requires_rtx
+def test_float8_of_another_tool_goes_through(tmp_path: Path, rtx: RtxBuilder) -> None:
+    text = """g (float[4,64] x) => (float[4,64] y) {
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+        w = DequantizeLinear<axis=1>(c, t) [fc] y = MatMul(d, w) }"""
+    float8 = ir.DataType.FLOAT8E4M3FN
+    codes = random_array(64, 64).astype(float8.numpy())
+    model = build(
+        text,
+        {
+            "c": ir.tensor(codes, dtype=float8),
+            "t": np.full(64, 0.1, np.float32),
+            "s": np.float32(0.05),
+            "z": ir.tensor(np.zeros((), float8.numpy()), dtype=float8),
+        },
+    )
+    made = compiled(model, tmp_path, scheme="float", calibrated=False)
+    built = rtx.build(made)
+    assert (built.stage, built.log) == ("done", ())
+    assert [product.operands for product in built.products] == [("fp8_e4m3", "fp8_e4m3")]
+    with pytest.raises(TargetError, match="SM80, SM86 has no FLOAT8E4M3FN"):
+        compiled(model, tmp_path, target="tensorrt-rtx", scheme="float", calibrated=False)
+
+
 def test_latency_is_not_measured_where_engines_do_not_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="latency of TensorRT-RTX cannot be measured"):
         compiled(build(RESIDUAL, weights()), tmp_path, never_slower=True)
@@ -133,7 +157,7 @@ def test_latency_is_not_measured_where_engines_do_not_run(tmp_path: Path) -> Non
 
 def test_a_processor_that_lacks_float32_products_is_refused(tmp_path: Path) -> None:
     model = build(RESIDUAL, weights())
-    with pytest.raises(Exception, match=r"SM75 has no Conv in FLOAT .compute in float16"):
+    with pytest.raises(TargetError, match=r"SM75 has no Conv in FLOAT .compute in float16"):
         compiled(model, tmp_path, target="tensorrt-rtx:sm75", scheme="w8a16", calibrated=False)
 
 

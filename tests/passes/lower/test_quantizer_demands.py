@@ -50,6 +50,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"c": codes("INT4", 64, 64), "s": np.full((2, 64), 0.1, np.float32)},
         "blocks of 48 do not divide the 64 elements of axis 0",
     ),
+    "int4-on-the-left": (
+        "[d] w = DequantizeLinear<axis=1, block_size=2>(c, s) y = MatMul(w, x)",
+        {"c": codes("INT4", 4, 4), "s": np.full((4, 2), 0.1, np.float32)},
+        "its blocks of int4 are the first operand of a product",
+    ),
     "2-bit": (
         "[d] w = DequantizeLinear(c, t) y = MatMul(x, w)",
         {"c": codes("INT2", 64, 64)},

@@ -130,3 +130,19 @@ def test_refuses_a_computed_scale(tmp_path: Path) -> None:
     weights = {"c": levels(0, 255, 32, 8).astype(np.uint8), "z": np.uint8(128)}
     reason = only_skip(run_pass(RecodeWeights(), build(text, weights), tmp_path)).reason
     assert reason == "its scale or zero point is computed at run time"
+
+
+def test_codes_that_two_ops_decode_stay_one_tensor(tmp_path: Path) -> None:
+    text = """g (float[3, 32] x) => (float[3, 8] y, float[3, 8] v) {
+        w = DequantizeLinear<axis=1>(c, s, z) y = MatMul(x, w)
+        u = DequantizeLinear<axis=1>(c, t, z) v = MatMul(x, u) }"""
+    weights = {
+        "c": tensor(levels(0, 255, 32, 8), "UINT8"),
+        "z": tensor(np.full(8, 128), "UINT8"),
+        "s": np.full(8, 0.1, np.float32),
+        "t": np.full(8, 0.2, np.float32),
+    }
+    model, before = build(text, weights), build(text, weights)
+    run_pass(RecodeWeights(), model, tmp_path)
+    assert set(model.graph.initializers) == {"c.int8", "s", "t"}
+    assert_parity(before, model, tolerance=0)
