@@ -29,7 +29,8 @@ class SchemeRequest:
         op_type: Operator name.
         domain: Operator domain, "" for ONNX's own.
         scheme: What was asked for; symmetry and block size may be undecided.
-        float_type: ONNX name of the weight's float type, such as "FLOAT16".
+        float_type: ONNX name of the float type that the op is going to compute in, such as
+            "FLOAT16": that of the weight, or what it will be cast to.
         reduction: Number of input channels (K).
         outputs: Number of output channels (N).
         weight_rank: Rank of the weight.
@@ -133,8 +134,6 @@ class Target:
         processors: What an engine must run on; empty where that does not matter.
         known_processors: What else can be named instead.
         tuned: Whether `processors` were named, so that what does not pay off there is left out.
-        compute_type: ONNX name of the float type that products are going to be cast to; None
-            leaves them as they are.
         engine: What builds engines for it, by its name in `export.to_tensorrt`; None is nobody.
     """
 
@@ -157,7 +156,6 @@ class Target:
     processors: tuple[Processor, ...] = ()
     known_processors: tuple[Processor, ...] = ()
     tuned: bool = False
-    compute_type: str | None = None
     engine: str | None = None
 
     @property
@@ -172,8 +170,6 @@ def resolve(target: Target, request: SchemeRequest) -> Resolution:
     Worked example: w4a16:b128 on a MatMul with K = 64 gives one scale per output channel, with a
     reason that says that one block covers the whole axis.
     """
-    if target.compute_type is not None:
-        request = replace(request, float_type=target.compute_type)
     static = request.scheme.activations is Activations.STATIC
     if request.size < target.min_elements and not static:
         return _float(

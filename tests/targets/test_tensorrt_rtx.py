@@ -4,7 +4,7 @@ The rows of TensorRT proper are among them: its library needs a GPU.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -345,8 +345,10 @@ def test_int4_is_left_out_where_reading_weights_is_not_what_takes_the_time() -> 
 
 
 def test_the_compute_type_is_a_parameter() -> None:
-    target = replace(find_target("tensorrt-rtx:sm75"), compute_type="FLOAT16")
-    assert found(target, "MatMul", "w8a8")[0] == "w8a8:sym"
+    target = find_target("tensorrt-rtx:sm75")
+    for float_type in TEXT_TYPES:
+        got = found(target, "MatMul", "w8a8", float_type=float_type)[0]
+        assert got == ("w8a8:sym" if float_type == "FLOAT16" else "float")
 
 
 def test_processors_are_part_of_the_name() -> None:
