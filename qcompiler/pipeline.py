@@ -395,17 +395,21 @@ _LOWERING: dict[type[Pass], PassFactory] = {
     LowerDynamicQuantization: lambda plan: LowerDynamicQuantization(),
     DecodeAtLoad: lambda plan: DecodeAtLoad(),
     IsolateFloatOps: lambda plan: IsolateFloatOps(),
+}
+"""Which of them run, and in which order, says the target."""
+
+_TAKING_IN: dict[type[Pass], PassFactory] = {
     DecomposeQuantizedOps: lambda plan: DecomposeQuantizedOps(),
     RecodeWeights: lambda plan: RecodeWeights(),
     CenterActivations: lambda plan: CenterActivations(),
 }
-"""Which of them run, and in which order, says the target."""
+"""The same, for what other tools quantized."""
 
 _VERIFYING: dict[type[Pass], PassFactory] = {
     VerifyTarget: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
 }
 
-_FACTORIES = _CANONICALIZING | _QUANTIZING | _LOWERING | _VERIFYING
+_FACTORIES = _CANONICALIZING | _QUANTIZING | _TAKING_IN | _LOWERING | _VERIFYING
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _FACTORIES}
 """Every pass by name, in the order of the pipeline."""
@@ -440,11 +444,15 @@ def pipeline(plan: Plan) -> list[Pass]:
     if plan.bound is None:
         left_out |= {AssignFallbacks}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
-    return passes + _made([*quantizing, *_lowering(plan), *_VERIFYING], plan)
+    return passes + _made([*quantizing, *_intake(plan), *_lowering(plan), *_VERIFYING], plan)
 
 
 def _lowering(plan: Plan) -> list[type[Pass]]:
     return [PASSES[name] for name in plan.target.lowering]
+
+
+def _intake(plan: Plan) -> list[type[Pass]]:
+    return [PASSES[name] for name in plan.target.intake]
 
 
 def _made(kinds: Iterable[type[Pass]], plan: Plan) -> list[Pass]:

@@ -129,6 +129,8 @@ class Target:
         placement: Where it wants quantized activations.
         lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
         lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
+        intake: Names of the passes that give what other tools quantized a form that the runtime
+            takes, in order; they run before the others, while all floats are float32.
         added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
         missing_ops: What it does not have, whoever made it.
         processors: What an engine must run on; empty where that does not matter.
@@ -152,6 +154,7 @@ class Target:
     lowering: tuple[str, ...]
     lowered_ops: tuple[LoweredOp, ...]
     added_biases: tuple[AddedBias, ...] = ()
+    intake: tuple[str, ...] = ()
     missing_ops: tuple[MissingOp, ...] = ()
     processors: tuple[Processor, ...] = ()
     known_processors: tuple[Processor, ...] = ()

@@ -40,7 +40,8 @@ TENSORRT_RTX: Final = Target(
     refusals=REFUSALS,
     substitutes=SUBSTITUTES,
     placement=PLACEMENT,
-    lowering=("decompose-quantized-ops", "recode-weights", "center-activations"),
+    lowering=(),
+    intake=("decompose-quantized-ops", "recode-weights", "center-activations"),
     lowered_ops=LOWERED_OPS,
     added_biases=(
         AddedBias(Activations.FLOAT, any_shape=True, source=_FUSED),
