@@ -280,7 +280,8 @@ def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics |
 def _hooks(
     plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
 ) -> Sequence[PassHook]:
-    arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
+    arguments = ["--target", plan.target.name, "--weight-range", plan.weight_range.value]
+    arguments += ["--cast-io"] if plan.cast_io else []
     hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
