@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -17,9 +17,20 @@ from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
+from qcompiler.engine import (
+    EngineRequest,
+    build_and_check,
+    engine_manifest,
+    engine_warnings,
+    requested_engine,
+    with_named_engine,
+    with_profiles,
+)
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
+from qcompiler.execution.narrow_floats import has_bfloat16
+from qcompiler.export.checked_file import refuse_unwritable
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
@@ -29,6 +40,7 @@ from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
+from qcompiler.passes.lower.cast_types import CastTypes
 from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
@@ -42,8 +54,9 @@ from qcompiler.report.build import (
     pass_reports,
     summarize,
 )
+from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json, report_json
-from qcompiler.report.records import FileFacts, NodeReport, Report
+from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
@@ -61,6 +74,7 @@ class CompileResult:
         report_path: The report, JSON (docs/report-schema.md).
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
+        engine_path: The engine, None where none was asked for; its manifest lies beside it.
     """
 
     path: Path
@@ -68,6 +82,7 @@ class CompileResult:
     report_path: Path
     manifest_path: Path
     report: Report
+    engine_path: Path | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -77,10 +92,13 @@ class CompileResult:
 def default_output(source: Path, plan: Plan) -> Path:
     """Return where a compiled model goes when nobody says: beside the source, scheme in the name.
 
-    A recipe with rules beside a default gives "mixed".
+    A recipe with rules beside a default gives "mixed"; a type that it is cast to comes last.
     """
     selected = [rule for rule in plan.recipe.rules if rule.scheme is not None]
     label = "mixed" if selected else str(plan.recipe.default or FLOAT)
+    compute = plan.recipe.compute_type
+    if compute is not None:
+        label = str(compute) if label == FLOAT else f"{label}-{compute}"
     return source.with_name(f"{source.stem}.{label.replace(':', '-')}.onnx")
 
 
@@ -97,7 +115,8 @@ def compile_model(
         source: Path of an ONNX model, or a model in memory (it is not changed).
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
-            A model in memory needs it. Report and manifest go beside it.
+            A model in memory needs it. Report and manifest go beside it. Where it names an engine,
+            the model is called the same, with .onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:
@@ -106,7 +125,7 @@ def compile_model(
     Raises:
         UsageError: Options, recipe or paths that cannot be used.
         ModelError: The model is malformed, or there is nothing in it to compile.
-        TargetError: The runtime cannot load the result.
+        TargetError: The runtime cannot load the result, or no engine can be built from it.
         ParityError: `verify="numerics"` found a pass that changes what it must not.
         InternalError: A pass is defective; a reproducer is kept beside the output.
 
@@ -115,20 +134,24 @@ def compile_model(
     started = time.perf_counter()
     options = options or CompileOptions()
     progress = progress or SilentProgress()
+    options, output = with_named_engine(options, output)
     plan = make_plan(options)
+    engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace:
+    with _workspace(target_path) as workspace, _engine_workspace(engine) as engine_workspace:
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
         size, opset = _size_and_opset(path, model)
         with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
             plan = with_data(plan, model, digest.result)
+            if engine is not None:
+                engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
             numerics = _numerics_hook(model, options)
             hooks = _hooks(plan, options, target_path.parent, numerics)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model, plan)
+            _require_something_done(model, plan, records)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -140,6 +163,10 @@ def compile_model(
         inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
+        built = None
+        if engine is not None:
+            made = engine_workspace / "out" / engine.path.name
+            built = build_and_check(engine, saved.path, model, made, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
             plan,
@@ -152,9 +179,13 @@ def compile_model(
             inspection,
             quality,
             latency,
+            built,
             started,
         )
-        return _publish(saved, target_path, report, _settings(plan, options))
+        result = _publish(saved, target_path, report, _settings(plan, options))
+        if engine is None or built is None:
+            return result
+        return replace(result, engine_path=_publish_engine(engine, engine_workspace, report))
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -192,6 +223,32 @@ def _workspace(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _engine_workspace(engine: EngineRequest | None) -> Iterator[Path]:
+    """Make a folder for an engine beside where it goes; no folder where there is none."""
+    if engine is None:
+        yield Path()
+        return
+    refuse_unwritable(engine.path)
+    with _workspace(engine.path) as folder:
+        yield folder
+
+
+def _publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Path:
+    """Write the manifest of an engine, and rename both into place."""
+    made = workspace / "out" / engine.path.name
+    manifest = made.with_name(engine.manifest_path.name)
+    assert report.engine is not None
+    try:
+        manifest.write_text(engine_manifest(engine, report.engine, report.output), encoding="utf-8")
+        manifest.replace(engine.manifest_path)
+        made.replace(engine.path)
+    except OSError as error:
+        message = f"cannot write the engine: {error.strerror}"
+        raise UsageError(message, where=str(engine.path)) from error
+    return engine.path
+
+
 def _source_file(
     source: Path | str | ir.Model, workspace: Path, progress: Progress
 ) -> tuple[Path, str]:
@@ -223,7 +280,8 @@ def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics |
 def _hooks(
     plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
 ) -> Sequence[PassHook]:
-    arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
+    arguments = ["--target", plan.target.name, "--weight-range", plan.weight_range.value]
+    arguments += ["--cast-io"] if plan.cast_io else []
     hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
@@ -232,11 +290,13 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model, plan: Plan) -> None:
+def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassRecord]) -> None:
     """Stop when a model has no weight that could be quantized, rather than copy it.
 
     Of a model that was quantized already another runtime's form is something to do.
     """
+    if any(record.name == CastTypes.name and record.rewrites for record in records):
+        return
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
@@ -256,8 +316,13 @@ def _require_something_done(model: ir.Model, plan: Plan) -> None:
 def _inspect(
     model: ir.Model, saved: SavedModel, options: CompileOptions, progress: Progress
 ) -> Inspection | None:
-    """Load the written model in the runtime and see which kernels it chooses."""
+    """Load the written model in the runtime and see which kernels it chooses.
+
+    There are none for bfloat16 on a CPU.
+    """
     if not options.inspect_kernels:
+        return None
+    if has_bfloat16(model):
         return None
     names = [
         node.name or ""
@@ -290,6 +355,7 @@ def _quality(
         source,
         saved.path,
         plan.data.samples,
+        native=plan.target.runs_here,
         custom_op_libraries=plan.custom_op_libraries,
         progress=progress,
     )
@@ -322,15 +388,16 @@ def _report(
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
     latency: Sequence[Timing],
+    engine: EngineReport | None,
     started: float,
 ) -> Report:
-    warnings = latency_warnings(latency) + kernel_warnings(nodes)
+    warnings = latency_warnings(latency) + kernel_warnings(nodes) + type_warnings(model)
+    warnings += engine_warnings(engine)
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
         calibration = calibration_report(model, samples, quality)
-        # Kernels of this machine say nothing about another runtime.
-        warnings += calibration_warnings(samples, quality if plan.target.runs_here else ())
+        warnings += calibration_warnings(samples, quality)
     return Report(
         qcompiler=version("qcompiler"),
         target=plan.target.name,
@@ -342,13 +409,16 @@ def _report(
             fingerprint(saved.path),
             standard_opset(model),
         ),
-        summary=summarize(nodes, latency, seconds=time.perf_counter() - started),
+        summary=summarize(
+            nodes, latency, type_counts(model), seconds=time.perf_counter() - started
+        ),
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        engine=engine,
     )
 
 
@@ -357,6 +427,7 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
     return {
         "weight_range": plan.weight_range.value,
         "never_slower": plan.never_slower,
+        "cast_io": plan.cast_io,
         "min_output_sqnr": options.min_output_sqnr,
         "metric": options.metric,
         "max_metric_drop": options.max_metric_drop,

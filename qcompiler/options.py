@@ -1,14 +1,19 @@
 """What a compilation is asked to do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
+from qcompiler.errors import UsageError
+from qcompiler.export.to_tensorrt import EngineOptions
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.scheme import FLOAT, parse_scheme
+from qcompiler.targets.capability import Target
 
 
 class Verification(StrEnum):
@@ -74,7 +79,12 @@ class CompileOptions:
     """What a compilation is asked to do.
 
     Attributes:
-        scheme: Text form of one scheme for every site; None takes the target's default.
+        scheme: Text form of one scheme for every site, or "float16" or "bfloat16": float weights,
+            and all of the model cast to that type. None takes the target's default.
+        compute_type: The same types, beside any scheme or recipe: what floats are cast to. None
+            leaves them, or takes the recipe's.
+        float32: Node name patterns that stay in float32 all the same.
+        cast_io: Whether float inputs and outputs of the model get that type, too.
         recipe: Path of a TOML recipe, or a `Recipe`; excludes `scheme`.
         target: Name of the target.
         exclude: Node name patterns (glob, or /regex/) that stay in float.
@@ -105,11 +115,18 @@ class CompileOptions:
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
+        engine: Where an engine goes that is built from the result, None for none; an output that
+            ends in .engine or .plan is one, too.
+        engine_options: How it is built. Its library is the target's; shapes that its profile does
+            not give come from the samples.
         workers: Threads for quantizing; None is the number of processors.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
     """
 
     scheme: str | None = None
+    compute_type: ComputeType | None = None
+    float32: tuple[str, ...] = ()
+    cast_io: bool = False
     recipe: Path | Recipe | None = None
     target: str = "onnxruntime"
     exclude: tuple[str, ...] = ()
@@ -133,5 +150,39 @@ class CompileOptions:
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
+    engine: Path | None = None
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     workers: int | None = None
     memory_limit: int = 64 << 20
+
+
+def requested_recipe(options: CompileOptions, target: Target) -> Recipe:
+    """Return the recipe that options ask for, with all that they add to it.
+
+    Raises:
+        UsageError: Options contradict each other, or the recipe cannot be read.
+    """
+    if options.scheme in set(ComputeType):
+        compute = ComputeType(options.scheme)
+        if options.compute_type not in (None, compute):
+            message = f"the scheme {compute} and the compute type {options.compute_type} differ"
+            raise UsageError(message, hint="give one of them")
+        options = replace(options, scheme=FLOAT, compute_type=compute)
+    recipe = _schemes(options, target)
+    return recipe.computing_in(options.compute_type, options.float32)
+
+
+def _schemes(options: CompileOptions, target: Target) -> Recipe:
+    if options.recipe is None:
+        default = target.default_scheme
+        if options.calibration is not None:
+            default = target.calibrated_scheme
+        scheme = parse_scheme(options.scheme or default)
+        return Recipe.uniform(scheme, options.exclude)
+    if options.scheme is not None:
+        message = "a scheme and a recipe were given, and a recipe already says which scheme"
+        raise UsageError(message, hint='put `default = "..."` into the recipe')
+    recipe = options.recipe
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.from_toml(recipe)
+    return recipe.excluding(options.exclude)

@@ -16,6 +16,7 @@ from qcompiler.options import (
     CompileOptions,
     EqualizationOptions,
     Reconstruction,
+    requested_recipe,
 )
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
@@ -33,6 +34,7 @@ from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.passes.lower.cast_types import CastTypes, CastTypesOptions
 from qcompiler.passes.lower.center_activations import CenterActivations
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
@@ -50,10 +52,11 @@ from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
-from qcompiler.quant.scheme import Activations, QScheme, parse_scheme
+from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.rewriting.base import Pass
 from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
@@ -97,6 +100,7 @@ class Plan:
         never_slower: Whether latency is measured.
         measurements: The file that latencies are kept in, or None.
         threads: Threads of one operator when latency is measured, None for the runtime's own.
+        cast_io: Whether inputs and outputs get the type that is computed in.
     """
 
     target: Target
@@ -116,6 +120,13 @@ class Plan:
     never_slower: bool = False
     measurements: Path | None = None
     threads: int | None = None
+    cast_io: bool = False
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether any op is asked to get integer weights."""
+        rules = self.recipe.rules
+        return self.recipe.default is not None or any(rule.scheme is not None for rule in rules)
 
 
 def make_plan(options: CompileOptions) -> Plan:
@@ -125,7 +136,7 @@ def make_plan(options: CompileOptions) -> Plan:
         UsageError: An option names something that does not exist, or two contradict each other.
     """
     target = find_target(options.target)
-    recipe = _recipe(options, target)
+    recipe = requested_recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
@@ -135,6 +146,8 @@ def make_plan(options: CompileOptions) -> Plan:
         equalization.method is not None
         or correct_bias
         or options.reconstruct is not Reconstruction.NONE
+        or recipe.compute_type is not None
+        or options.engine is not None
     )
     calibration = _calibration(options, schemes, sampled=sampled)
     if options.reconstruct is not Reconstruction.NONE and calibration is None:
@@ -143,6 +156,9 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.never_slower and not target.runs_here:
         message = f"latency of {target.title} cannot be measured by ONNX Runtime"
         raise UsageError(message, hint="leave --never-slower out, and time the engine")
+    if options.cast_io and recipe.compute_type is None:
+        message = "inputs and outputs are to be cast, and no type is given to cast them to"
+        raise UsageError(message, where="--cast-io", hint="give --compute-type float16")
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -163,6 +179,7 @@ def make_plan(options: CompileOptions) -> Plan:
         never_slower=static and target.runs_here and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
+        cast_io=options.cast_io,
     )
 
 
@@ -259,7 +276,7 @@ def _assign_fallbacks(plan: Plan) -> AssignFallbacks:
             plan.target,
             PlaceQuantizers(PlaceOptions(plan.target.placement)),
             tuple(quantizing_passes(plan)),
-            tuple(_made(_lowering(plan), plan)),
+            tuple(_made([*_casting(plan), *_lowering(plan)], plan)),
             plan.calibration.memory_budget,
             plan.custom_op_libraries,
         )
@@ -322,6 +339,22 @@ def _drop_slow_regions(plan: Plan) -> DropSlowRegions:
     )
 
 
+def _cast_types(plan: Plan) -> CastTypes:
+    options, data = plan.calibration, plan.data
+    return CastTypes(
+        CastTypesOptions(
+            plan.recipe.compute_type or ComputeType.FLOAT16,
+            None if data is None else data.samples,
+            keep_io=not plan.cast_io,
+            float32=plan.recipe.float32,
+            memory_budget=CastTypesOptions().memory_budget
+            if options is None
+            else options.memory_budget,
+            custom_op_libraries=plan.custom_op_libraries,
+        )
+    )
+
+
 def _opset_for(scheme: QScheme | None) -> int:
     """Return the opset in which a scheme's codes can be written, blocked or not."""
     blocked = OPSET_OF["block_size"]
@@ -329,22 +362,6 @@ def _opset_for(scheme: QScheme | None) -> int:
         return blocked
     stored = qtype_of(scheme.weight_bits, signed=True).onnx_name
     return max(blocked, OPSET_OF.get(stored, blocked))
-
-
-def _recipe(options: CompileOptions, target: Target) -> Recipe:
-    if options.recipe is None:
-        default = target.default_scheme
-        if options.calibration is not None:
-            default = target.calibrated_scheme
-        scheme = parse_scheme(options.scheme or default)
-        return Recipe.uniform(scheme, options.exclude)
-    if options.scheme is not None:
-        message = "a scheme and a recipe were given, and a recipe already says which scheme"
-        raise UsageError(message, hint='put `default = "..."` into the recipe')
-    recipe = options.recipe
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.from_toml(recipe)
-    return recipe.excluding(options.exclude)
 
 
 PassFactory = Callable[[Plan], Pass]
@@ -387,6 +404,9 @@ _STATIC: frozenset[type[Pass]] = frozenset(
 )
 """Those that only calibrated activations need."""
 
+_CASTING: dict[type[Pass], PassFactory] = {CastTypes: _cast_types}
+"""Before lowering: kernels of a runtime's own have no public types that could be chosen."""
+
 _LOWERING: dict[type[Pass], PassFactory] = {
     QuantizeBiases: lambda plan: QuantizeBiases(),
     DecomposeGemm: lambda plan: DecomposeGemm(),
@@ -409,7 +429,7 @@ _VERIFYING: dict[type[Pass], PassFactory] = {
     VerifyTarget: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
 }
 
-_FACTORIES = _CANONICALIZING | _QUANTIZING | _TAKING_IN | _LOWERING | _VERIFYING
+_FACTORIES = _CANONICALIZING | _QUANTIZING | _TAKING_IN | _CASTING | _LOWERING | _VERIFYING
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _FACTORIES}
 """Every pass by name, in the order of the pipeline."""
@@ -443,8 +463,15 @@ def pipeline(plan: Plan) -> list[Pass]:
         left_out |= {DropSlowRegions}
     if plan.bound is None:
         left_out |= {AssignFallbacks}
+    if not plan.quantizing:
+        left_out |= {EqualizeChannels, CorrectBias}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
-    return passes + _made([*quantizing, *_intake(plan), *_lowering(plan), *_VERIFYING], plan)
+    remaining = [*_intake(plan), *_casting(plan), *_lowering(plan), *_VERIFYING]
+    return passes + _made([*quantizing, *remaining], plan)
+
+
+def _casting(plan: Plan) -> list[type[Pass]]:
+    return [] if plan.recipe.compute_type is None else list(_CASTING)
 
 
 def _lowering(plan: Plan) -> list[type[Pass]]:

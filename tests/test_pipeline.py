@@ -8,6 +8,7 @@ from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
 from qcompiler.pipeline import PASSES, make_plan, pipeline, with_data
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.targets.registry import TARGETS
@@ -98,3 +99,21 @@ def test_regions_are_measured_as_the_rest_of_the_pipeline_makes_them() -> None:
 
 def test_every_pass_is_in_the_table() -> None:
     assert set(names(CompileOptions())) <= set(PASSES)
+
+
+def test_types_are_cast_between_quantizing_and_lowering() -> None:
+    found = names(CompileOptions(scheme="w8a16", compute_type=ComputeType.FLOAT16))
+    at = found.index("cast-types")
+    assert found[at - 1] == "insert-qdq"
+    assert tuple(found[at + 1 : -1]) == TARGETS["onnxruntime"].lowering
+    assert "cast-types" not in names(CompileOptions())
+
+
+def test_nothing_is_equalized_for_float_weights() -> None:
+    options = CompileOptions(scheme="float16", calibration="random")
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    plan = with_data(make_plan(options), model, lambda: "")
+    assert plan.data is not None
+    found = [rewrite.name for rewrite in pipeline(plan)]
+    assert not {"equalize-channels", "correct-bias"} & set(found)
+    assert "cast-types" in found

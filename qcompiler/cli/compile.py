@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from qcompiler.cli.engine import engine_options, engine_options_of
 from qcompiler.cli.options import (
     MODEL,
     calibration_of,
@@ -25,6 +26,7 @@ from qcompiler.cli.options import (
 @equalization_options
 @reconstruction_options
 @latency_options
+@engine_options
 @click.option(
     "--min-output-sqnr",
     type=float,
@@ -86,6 +88,7 @@ def command(
         calibration=calibration,
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        engine_options=engine_options_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

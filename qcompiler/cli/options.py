@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
     from qcompiler.options import CalibrationOptions, EqualizationOptions
@@ -30,10 +31,33 @@ _CALIBRATION = (
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def _compute_type(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> ComputeType | None:
+    return None if value is None else ComputeType(value)
+
+
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that decide which site gets which scheme."""
     decorators: list[Decorator] = [
         click.option("--scheme", metavar="S", help="Scheme of every site; see --list schemes."),
+        click.option(
+            "--compute-type",
+            type=click.Choice([member.value for member in ComputeType]),
+            callback=_compute_type,
+            help="Cast what is left in float to 16 bits, but for what they would spoil.",
+        ),
+        click.option(
+            "--float32",
+            metavar="PATTERN",
+            multiple=True,
+            help="With it, keep these nodes in float32: a glob, or /regex/. Repeatable.",
+        ),
+        click.option(
+            "--cast-io/--keep-io",
+            default=False,
+            help="With it, cast inputs and outputs as well.  [default: keep-io]",
+        ),
         click.option(
             "--recipe", metavar="FILE", type=MODEL, help="TOML rules: which site, which scheme."
         ),

@@ -13,6 +13,7 @@ from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
     CalibrationReport,
+    EngineReport,
     FileFacts,
     NodeReport,
     OutputCheck,
@@ -21,6 +22,7 @@ from qcompiler.report.records import (
     Report,
     SkipReport,
     Summary,
+    UnplannedWeight,
 )
 
 _VERSIONS = (
@@ -74,6 +76,7 @@ def _report(content: dict[str, Any]) -> Report:
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
+            "engine": _engine(content.get("engine")),
         }
     )
 
@@ -83,6 +86,14 @@ def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
         return None
     outputs = tuple(QualityReport(**entry) for entry in content["outputs"])
     return CalibrationReport(**{**content, "outputs": outputs})
+
+
+def _engine(content: dict[str, Any] | None) -> EngineReport | None:
+    if content is None:
+        return None
+    lists = {name: tuple(content[name]) for name in ("capabilities", "warnings")}
+    other = tuple(UnplannedWeight(**entry) for entry in content["other"])
+    return EngineReport(**{**content, **lists, "other": other})
 
 
 def manifest_json(report: Report, settings: Mapping[str, object]) -> str:

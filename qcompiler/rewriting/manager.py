@@ -94,7 +94,12 @@ class PassManager:
         records: list[PassRecord] = []
         with self._context.progress.task("passes", len(passes)) as advance:
             for rewrite in passes:
-                records.append(self._run_one(model, rewrite, signature))
+                if rewrite.retypes_signature:
+                    kept = Signature.of(model, any_float=True)
+                    records.append(self._run_one(model, rewrite, kept))
+                    signature = Signature.of(model)
+                else:
+                    records.append(self._run_one(model, rewrite, signature))
                 advance(1)
         return records
 
