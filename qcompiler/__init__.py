@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
+    from qcompiler.export.to_tensorrt import EngineOptions
     from qcompiler.options import CalibrationOptions, CompileOptions, Verification
+    from qcompiler.quant.compute_type import ComputeType
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.recipe import Recipe, Rule
     from qcompiler.quant.selector import Selector
@@ -35,6 +37,8 @@ __all__ = [
     "CalibrationOptions",
     "CompileOptions",
     "CompileResult",
+    "ComputeType",
+    "EngineOptions",
     "InternalError",
     "ModelError",
     "Observer",
@@ -56,6 +60,8 @@ _HOME = {
     "CalibrationOptions": "qcompiler.options",
     "CompileOptions": "qcompiler.options",
     "CompileResult": "qcompiler.compile",
+    "ComputeType": "qcompiler.quant.compute_type",
+    "EngineOptions": "qcompiler.export.to_tensorrt",
     "Observer": "qcompiler.calibration.observers",
     "RangeMethod": "qcompiler.quant.ranges",
     "Recipe": "qcompiler.quant.recipe",

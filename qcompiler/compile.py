@@ -164,7 +164,7 @@ def compile_model(
                     external_data=options.external_data,
                 )
         source_facts = FileFacts(name, size, digest.result(), opset)
-        inspection = _inspect(model, saved, options, progress)
+        inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
         built = None
@@ -201,7 +201,7 @@ def _rewritten(
     if reached is not None:
         model, done = reached.model, reached.records
     records = manager.run(model, pipeline(plan), done)
-    _require_something_done(model, records)
+    _require_something_done(model, plan, records)
     return model, records
 
 
@@ -301,7 +301,8 @@ def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics |
 def _hooks(
     plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
 ) -> Sequence[PassHook]:
-    arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
+    arguments = ["--target", plan.target.name, "--weight-range", plan.weight_range.value]
+    arguments += ["--cast-io"] if plan.cast_io else []
     hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
@@ -310,14 +311,19 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model, records: Sequence[PassRecord]) -> None:
-    """Stop when a model has no weight that could be quantized, rather than copy it."""
+def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassRecord]) -> None:
+    """Stop when a model has no weight that could be quantized, rather than copy it.
+
+    Of a model that was quantized already another runtime's form is something to do.
+    """
     if any(record.name == CastTypes.name and record.rewrites for record in records):
         return
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
+    if already and not plan.target.runs_here:
+        return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")

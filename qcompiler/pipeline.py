@@ -35,13 +35,16 @@ from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
 from qcompiler.passes.lower.cast_types import CastTypes, CastTypesOptions
+from qcompiler.passes.lower.center_activations import CenterActivations
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
 from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
+from qcompiler.passes.lower.decompose_quantized_ops import DecomposeQuantizedOps
 from qcompiler.passes.lower.isolate_float_ops import IsolateFloatOps
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
 from qcompiler.passes.lower.quantize_biases import QuantizeBiases
+from qcompiler.passes.lower.recode_weights import RecodeWeights
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
@@ -151,6 +154,9 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.reconstruct is not Reconstruction.NONE and calibration is None:
         message = f"--reconstruct {options.reconstruct} needs samples to see what ops compute"
         raise UsageError(message, hint="give --calibration DATA")
+    if options.never_slower and not target.runs_here:
+        message = f"latency of {target.title} cannot be measured by ONNX Runtime"
+        raise UsageError(message, hint="leave --never-slower out, and time the engine")
     if options.cast_io and recipe.compute_type is None:
         message = "inputs and outputs are to be cast, and no type is given to cast them to"
         raise UsageError(message, where="--cast-io", hint="give --compute-type float16")
@@ -171,7 +177,7 @@ def make_plan(options: CompileOptions) -> Plan:
         options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
-        never_slower=static and options.never_slower is not False,
+        never_slower=static and target.runs_here and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
         cast_io=options.cast_io,
@@ -420,11 +426,18 @@ _LOWERING: dict[type[Pass], PassFactory] = {
 }
 """Which of them run, and in which order, says the target."""
 
+_TAKING_IN: dict[type[Pass], PassFactory] = {
+    DecomposeQuantizedOps: lambda plan: DecomposeQuantizedOps(),
+    RecodeWeights: lambda plan: RecodeWeights(),
+    CenterActivations: lambda plan: CenterActivations(),
+}
+"""The same, for what other tools quantized."""
+
 _VERIFYING: dict[type[Pass], PassFactory] = {
     VerifyTarget: lambda plan: VerifyTarget(VerifyTargetOptions(plan.target)),
 }
 
-_FACTORIES = _CANONICALIZING | _QUANTIZING | _CASTING | _LOWERING | _VERIFYING
+_FACTORIES = _CANONICALIZING | _QUANTIZING | _TAKING_IN | _CASTING | _LOWERING | _VERIFYING
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _FACTORIES}
 """Every pass by name, in the order of the pipeline."""
@@ -461,7 +474,8 @@ def pipeline(plan: Plan) -> list[Pass]:
     if not plan.quantizing:
         left_out |= {EqualizeChannels, CorrectBias}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
-    return passes + _made([*quantizing, *_casting(plan), *_lowering(plan), *_VERIFYING], plan)
+    remaining = [*_intake(plan), *_casting(plan), *_lowering(plan), *_VERIFYING]
+    return passes + _made([*quantizing, *remaining], plan)
 
 
 def _casting(plan: Plan) -> list[type[Pass]]:
@@ -470,6 +484,10 @@ def _casting(plan: Plan) -> list[type[Pass]]:
 
 def _lowering(plan: Plan) -> list[type[Pass]]:
     return [PASSES[name] for name in plan.target.lowering]
+
+
+def _intake(plan: Plan) -> list[type[Pass]]:
+    return [PASSES[name] for name in plan.target.intake]
 
 
 def _made(kinds: Iterable[type[Pass]], plan: Plan) -> list[Pass]:

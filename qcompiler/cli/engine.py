@@ -33,7 +33,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Shapes of an input, as x:1x16..8x128..64x512.  [default: those of the samples]",
         ),
         click.option(
-            "--sm", metavar="86,89", help="Processors of the engine.  [default: this machine's]"
+            "--sm", metavar="86,89", help="Processors of the engine.  [default: the library's own]"
         ),
         click.option(
             "--builder-flag",

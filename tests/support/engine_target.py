@@ -13,7 +13,7 @@ ENGINE_TARGET: Final = replace(
     ONNXRUNTIME,
     name="engines",
     title="TensorRT-RTX",
-    rows=tuple(replace(row, symmetric=(True,)) for row in ONNXRUNTIME.rows),
+    rows=tuple(replace(row, symmetric=(True,), ragged=False) for row in ONNXRUNTIME.rows),
     lowering=(),
     engine="tensorrt-rtx",
 )
