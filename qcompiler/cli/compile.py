@@ -7,6 +7,7 @@ import click
 
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -86,6 +87,7 @@ def command(
         calibration=calibration,
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        blocks=blocks_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

@@ -56,7 +56,10 @@ def divergence(found: Tensor, target: Tensor) -> Tensor:
 
 
 def total_loss(
-    found: Sequence[Tensor], targets: Sequence[Sequence[Tensor]], terms: LossTerms, keep: Tensor | None
+    found: Sequence[Tensor],
+    targets: Sequence[Sequence[Tensor]],
+    terms: LossTerms,
+    keep: Tensor | None,
 ) -> Tensor:
     """Return the mean over several targets of the sum over several outputs.
 

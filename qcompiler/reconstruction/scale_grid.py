@@ -36,7 +36,7 @@ class ScaleGrid:
     def split(self, values: Tensor) -> Tensor:
         """Return a tensor with its blocks on an axis of their own, if it has whole blocks."""
         if isinstance(self._granularity, PerBlock) and self._divides:
-            return values.unflatten(self._granularity.axis, (-1, self._block))
+            return torch.unflatten(values, self._granularity.axis, (-1, self._block))
         return values
 
     def join(self, values: Tensor) -> Tensor:

@@ -1,23 +1,16 @@
 """Step sizes of quantized activations as numbers that can be learned."""
 
-from collections.abc import Iterable
-from math import log
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from qcompiler.execution.torch.element_types import STORAGE, to_torch
 from qcompiler.ir.weights import read_all
 from qcompiler.reconstruction.scale_grid import rounded_to
+from qcompiler.reconstruction.trained import LEAST_FACTOR, Trained
 from qcompiler.reconstruction.windows import StepSize
 
-LEAST_FACTOR: Final = log(0.75)
-"""Of step sizes that integer kernels add biases in: half of 32 bits is left (`ir.biases`), and
-data and weight may both become finer."""
 
-
-class TrainedStep:
+class TrainedStep(Trained):
     """The step size of one activation, in float32: the calibrated one times `exp(t)`.
 
     Attributes:
@@ -48,16 +41,6 @@ class TrainedStep:
         with torch.no_grad():
             self.factor.clamp_(min=LEAST_FACTOR)
 
-    def parameters(self) -> Iterable[Tensor]:
-        """Yield what is learned."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Return what is learned."""
         return (self.factor,)
-
-    def state(self) -> list[Tensor]:
-        """Return a copy of what is learned."""
-        return [self.factor.detach().cpu().clone()]
-
-    def restore(self, state: Iterable[Tensor]) -> None:
-        """Take what `state` returned."""
-        with torch.no_grad():
-            for own, saved in zip(self.parameters(), state, strict=True):
-                own.copy_(saved)

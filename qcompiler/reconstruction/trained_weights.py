@@ -6,9 +6,7 @@ What rounds to a code is called its position: `w / scale + zero`, moved into the
 code where that is not the nearest one, as after GPTQ.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from math import sqrt
 from typing import Any, Final
 
@@ -20,9 +18,10 @@ from torch import Tensor
 
 from qcompiler.execution.torch.element_types import STORAGE, to_torch
 from qcompiler.ir.weights import read_all
+from qcompiler.quant.reconstruction import BlockReconstruction, Learned, Rounding
 from qcompiler.reconstruction.scale_grid import ScaleGrid, rounded_to
 from qcompiler.reconstruction.starting_point import CodedWeight
-from qcompiler.reconstruction.trained_steps import LEAST_FACTOR
+from qcompiler.reconstruction.trained import LEAST_FACTOR, Trained
 
 Array = npt.NDArray[Any]
 
@@ -30,41 +29,6 @@ STRETCH: Final = (-0.1, 1.1)
 """Ends of AdaRound's rectified sigmoid (Nagel et al. 2020, arXiv 2004.10568)."""
 _CELL: Final = 0.45
 """How far from a code its position may start."""
-
-
-class Learned(StrEnum):
-    """What is learned of a weight."""
-
-    STEP_SIZES = "step-sizes"
-    """One factor for each scale; codes stay."""
-    LORA = "lora"
-    """That, and positions moved by a product of two thin matrices (CBQ's LoRA-Rounding)."""
-    FULL = "full"
-    """That, and every position by itself (AdaRound)."""
-
-
-class Rounding(StrEnum):
-    """How positions become codes while they are learned."""
-
-    HARD = "hard"
-    """To the nearest, with a straight-through gradient: what is learned is what will be."""
-    SOFT = "soft"
-    """Between two neighbours by a rectified sigmoid, which a regularizer drives to 0 or 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parameterization:
-    """What is learned, and how.
-
-    Attributes:
-        learned: Which numbers.
-        rounding: How positions become codes.
-        rank: Of the matrices of `lora`.
-    """
-
-    learned: Learned = Learned.FULL
-    rounding: Rounding = Rounding.HARD
-    rank: int = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +86,7 @@ class _Rounded(torch.autograd.Function):
         return gradient * scale, to_scale, None, None, None
 
 
-class TrainedWeight:
+class TrainedWeight(Trained):
     """The learned numbers of one weight, in float32.
 
     Attributes:
@@ -132,7 +96,7 @@ class TrainedWeight:
     """
 
     def __init__(
-        self, weight: CodedWeight, how: Parameterization, device: torch.device, seed: int
+        self, weight: CodedWeight, how: BlockReconstruction, device: torch.device, seed: int
     ) -> None:
         """Start from the codes and scales that the graph holds.
 
@@ -212,16 +176,18 @@ class TrainedWeight:
         """Return what the weight is now, of its shape; gradients reach the learned numbers."""
         grid = self._grid
         scale, zero = grid.spread(self.scale()), grid.spread(self._zero)
+        found: Tensor
         if not self.matrices:
-            found = _Dequantized.apply(self._steps, scale)
+            found = _Dequantized.apply(self._steps, scale)  # type: ignore[no-untyped-call]
         elif self._rounding is Rounding.HARD:
             position = grid.split(self._position())
-            found = _Rounded.apply(position, scale, zero, self._low, self._high)
+            found = _Rounded.apply(  # type: ignore[no-untyped-call]
+                position, scale, zero, self._low, self._high
+            )
         else:
             codes = (self._floor + self._share()).clamp(self._low, self._high)
             found = (grid.split(codes) - zero) * scale
-        joined: Tensor = grid.join(found)
-        return joined
+        return grid.join(found)
 
     def regularizer(self, exponent: float) -> Tensor | None:
         """Return the sum of `1 - |2 d - 1|^exponent` over what codes are above their floor.
@@ -272,12 +238,6 @@ class TrainedWeight:
             steps = grid.split(self.codes()).to(torch.float32) - grid.spread(self._zero)
             return grid.join(steps * grid.spread(self.scale()))
 
-    def start_values(self) -> Tensor:
-        """Return what the weight was at the start."""
-        grid = self._grid
-        steps = grid.split(self._codes).to(torch.float32) - grid.spread(self._zero)
-        return grid.join(steps * grid.spread(self._scale))
-
     def harden(self) -> Hardened:
         """Return codes and scales for the graph."""
         with torch.no_grad():
@@ -289,19 +249,9 @@ class TrainedWeight:
                 int((scale != self._scale).sum()),
             )
 
-    def parameters(self) -> Iterable[Tensor]:
-        """Yield all that is learned."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Return all that is learned."""
         return (self.factors, *self.matrices)
-
-    def state(self) -> list[Tensor]:
-        """Return copies of all that is learned."""
-        return [each.detach().cpu().clone() for each in self.parameters()]
-
-    def restore(self, state: Iterable[Tensor]) -> None:
-        """Take what `state` returned."""
-        with torch.no_grad():
-            for own, saved in zip(self.parameters(), state, strict=True):
-                own.copy_(saved)
 
 
 def _read(value: ir.Value) -> Tensor:

@@ -1,7 +1,7 @@
 """Learning the codes and step sizes of one window."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import cos, isfinite, pi
 from typing import Final
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from qcompiler.errors import ModelError, UsageError
 from qcompiler.execution.torch import Program
 from qcompiler.progress import Advance
+from qcompiler.quant.reconstruction import BlockReconstruction
 from qcompiler.reconstruction.losses import LossTerms, total_loss
+from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.trained_steps import TrainedStep
-from qcompiler.reconstruction.trained_weights import Parameterization, TrainedWeight
+from qcompiler.reconstruction.trained_weights import TrainedWeight
 from qcompiler.reconstruction.window_data import Batch, WindowData
 
 _HALF_SCALE: Final = 1024.0
@@ -22,36 +24,6 @@ _SETTLING: Final = 0.2
 """Part of the steps before the regularizer begins (Li et al. 2021, BRECQ, arXiv 2102.05426)."""
 _EXPONENTS: Final = (20.0, 2.0)
 """Of the regularizer, first and last."""
-
-
-@dataclass(frozen=True, slots=True)
-class LearningSettings:
-    """How a window is learned.
-
-    Attributes:
-        how: What is learned of weights.
-        steps: Steps of Adam.
-        batch: Calls in a step.
-        scale_rate: Learning rate of the weights' step sizes, as a part of them.
-        code_rate: Learning rate of positions, in codes, or of the matrices that move them.
-        activation_rate: Learning rate of the activations' step sizes, as a part of them.
-        terms: The loss.
-        homologous: Whether the window shall also do to its own data what the float one does to it.
-        regularizer: Weight of the regularizer of soft rounding, which is a mean over codes.
-        compute: float32, bfloat16 or float16: the type that blocks run in. What is learned, and
-            windows with quantized activations, are in float32.
-    """
-
-    how: Parameterization = field(default_factory=Parameterization)
-    steps: int = 128
-    batch: int = 1
-    scale_rate: float = 1e-3
-    code_rate: float = 1e-2
-    activation_rate: float = 1e-3
-    terms: LossTerms = field(default_factory=LossTerms)
-    homologous: bool = False
-    regularizer: float = 0.01
-    compute: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,13 +58,17 @@ class Trainee:
         with torch.no_grad():
             return [w.hard_values() for w in self.weights], [s.value() for s in self.steps]
 
+    def learned(self) -> tuple[Trained, ...]:
+        """Return all that is learned."""
+        return (*self.weights, *self.steps)
+
     def state(self) -> list[list[Tensor]]:
         """Return copies of all that is learned."""
-        return [each.state() for each in (*self.weights, *self.steps)]
+        return [each.state() for each in self.learned()]
 
     def restore(self, state: Sequence[Sequence[Tensor]]) -> None:
         """Take what `state` returned."""
-        for each, saved in zip((*self.weights, *self.steps), state, strict=True):
+        for each, saved in zip(self.learned(), state, strict=True):
             each.restore(saved)
 
 
@@ -100,18 +76,30 @@ class WindowTrainer:
     """Learns one window.
 
     Attributes:
+        trainee: The window.
         batch_size: Calls that run at once; halved when memory runs out.
     """
 
-    def __init__(self, trainee: Trainee, data: WindowData, settings: LearningSettings) -> None:
+    def __init__(
+        self,
+        trainee: Trainee,
+        data: WindowData,
+        settings: BlockReconstruction,
+        terms: LossTerms,
+        compute: torch.dtype,
+    ) -> None:
         """Prepare the optimizer.
 
         Args:
             trainee: The window.
             data: What it is taught.
             settings: How.
+            terms: The loss.
+            compute: The type that weights are given to the window in.
         """
-        self._trainee = trainee
+        self._terms = terms
+        self._compute = compute
+        self.trainee = trainee
         self._data = data
         self._settings = settings
         self.batch_size = settings.batch
@@ -129,8 +117,8 @@ class WindowTrainer:
 
     def loss(self, calls: Sequence[int]) -> float:
         """Return the mean loss over calls of what would be written now."""
-        values, steps = self._trainee.hard()
-        values = [value.to(self._settings.compute) for value in values]
+        values, steps = self.trainee.hard()
+        values = [value.to(self._compute) for value in values]
         total = torch.zeros((), dtype=torch.float64)
 
         def add(batch: Batch) -> None:
@@ -159,9 +147,9 @@ class WindowTrainer:
             advance(1)
 
     def _step(self, calls: Sequence[int], step: int) -> None:
-        trainee = self._trainee
+        trainee = self.trainee
         made = [each.values() for each in trainee.weights] + [s.value() for s in trainee.steps]
-        compute = self._settings.compute
+        compute = self._compute
         count = len(trainee.weights)
         leaves = [
             value.detach().to(compute if index < count else value.dtype).requires_grad_()
@@ -190,7 +178,9 @@ class WindowTrainer:
         self, made: Sequence[Tensor], leaves: Sequence[Tensor], scale: float, step: int
     ) -> None:
         """Take gradients from weights to what they are made of, and make a step."""
-        reached = [(m, leaf.grad) for m, leaf in zip(made, leaves, strict=True) if leaf.grad is not None]
+        reached = [
+            (m, leaf.grad) for m, leaf in zip(made, leaves, strict=True) if leaf.grad is not None
+        ]
         gradients = [gradient.to(m.dtype) / scale for m, gradient in reached]
         # Half floats overflow now and then; that step is left out.
         if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients):
@@ -201,7 +191,7 @@ class WindowTrainer:
             [*(m for m, _ in reached), *extra], [*gradients, *(torch.ones_like(e) for e in extra)]
         )
         self._optimizer.step()
-        for each in (*self._trainee.weights, *self._trainee.steps):
+        for each in self.trainee.learned():
             each.confine()
 
     def _penalty(self, step: int) -> Tensor | None:
@@ -211,16 +201,16 @@ class WindowTrainer:
         share = (step - start) / (self._settings.steps - start)
         first, last = _EXPONENTS
         exponent = last + (first - last) * max(0.0, 1 - share)
-        found = [each.regularizer(exponent) for each in self._trainee.weights]
+        found = [each.regularizer(exponent) for each in self.trainee.weights]
         undecided = [each for each in found if each is not None]
         if not undecided:
             return None
-        size = sum(each.size for each in self._trainee.weights)
+        size = sum(each.size for each in self.trainee.weights)
         return self._settings.regularizer * torch.stack(undecided).sum() / size
 
     def _loss(self, batch: Batch, values: Sequence[Tensor], steps: Sequence[Tensor]) -> Tensor:
-        found = self._trainee.run(batch.feeds, values, steps)
-        return total_loss(found, batch.targets, self._settings.terms, batch.keep)
+        found = self.trainee.run(batch.feeds, values, steps)
+        return total_loss(found, batch.targets, self._terms, batch.keep)
 
     def _each_batch(
         self, calls: Sequence[int], work: Callable[[Batch], None], forget: Callable[[], object]

@@ -28,6 +28,16 @@ class Window:
     stop: int
     leaving: int
 
+    @property
+    def left(self) -> range:
+        """Blocks that no later window holds."""
+        return range(self.start, self.leaving)
+
+    @property
+    def staying(self) -> range:
+        """Blocks that the next window holds too."""
+        return range(self.leaving, self.stop)
+
 
 def cut_windows(first: int, last: int, size: int, overlap: int) -> list[Window]:
     """Return windows over the blocks `first` to `last`, both included.
@@ -143,6 +153,6 @@ def _step_sizes(model: ir.Model, blocks: Sequence[Block]) -> Iterator[StepSize]:
         readers = {use.node for use in scale.uses()}
         quantizes = any(is_op(node, "QuantizeLinear") for node in readers)
         tensor = constant_of(scale)
-        if quantizes and len(found) == 1 and readers == seen[scale] and tensor is not None:
-            if tensor.size == 1:
-                yield StepSize(scale, next(iter(found)))
+        is_one = tensor is not None and tensor.size == 1
+        if is_one and quantizes and len(found) == 1 and readers == seen[scale]:
+            yield StepSize(scale, next(iter(found)))

@@ -1,10 +1,7 @@
 """Makes a report from the finished graph and what the passes recorded."""
 
 import math
-import resource
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -14,6 +11,7 @@ from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
+from qcompiler.execution.peak_memory import peak_memory
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import OBSERVER, facts_of, origins_of
 from qcompiler.report.records import (
@@ -228,17 +226,3 @@ def summarize(
 def _bits(nodes: Sequence[NodeReport]) -> float:
     elements = sum(node.elements for node in nodes)
     return round(8 * sum(node.bytes_after for node in nodes) / elements, 3) if elements else 0.0
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process, in bytes.
-
-    Linux keeps it in VmHWM; `getrusage` there also counts what the parent held before `exec`.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
