@@ -91,8 +91,8 @@ class BlockReconstruction:
     learned: Learned = Learned.FULL
     rounding: Rounding = Rounding.HARD
     rank: int = 5
-    scale_rate: float = 1e-3
-    code_rate: float = 3e-3
+    scale_rate: float = 1.5e-2
+    code_rate: float = 1e-2
     activation_rate: float = 1e-3
     kl: float = 0.0
     homologous: bool = False

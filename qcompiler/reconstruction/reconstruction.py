@@ -261,11 +261,10 @@ class _Reconstruction:
         weights = [self._weight(weight) for weight in self._places.weights(inside)]
         steps = [self._step(step) for step in self._places.step_sizes(inside)]
         names = self._outputs(window)
-        program = self._program(self._start.model, window, self._compute(bool(steps)))
-        return Trainee(program, names, weights, steps)
-
-    def _compute(self, has_steps: bool) -> torch.dtype:
-        return torch.float32 if has_steps else _TYPES[self._run.how.compute]
+        # Codes of activations need more bits than the half types have.
+        compute = torch.float32 if steps else _TYPES[self._run.how.compute]
+        program = self._program(self._start.model, window, compute)
+        return Trainee(program, names, weights, steps, compute)
 
     def _trainer(self, window: Window) -> WindowTrainer:
         how = self._run.how
@@ -274,7 +273,7 @@ class _Reconstruction:
         if how.logits and window.stop == len(self._blocks):
             terms = LossTerms(0.0, 1.0)
         data = self._data(window, trainee)
-        return WindowTrainer(trainee, data, how, terms, self._compute(bool(trainee.steps)))
+        return WindowTrainer(trainee, data, how, terms)
 
     def _program(self, model: ir.Model, window: Window, dtype: torch.dtype) -> Program:
         cut = self._blocks[window.start].input
@@ -298,10 +297,15 @@ class _Reconstruction:
         names = trainee.program.input_names
         targets = self._targets(window)
 
+        cut = self._blocks[window.start].input
+
         def feeds(call: int) -> Fed:
-            return {
-                name: _on(self._device, v) for name, v in self._student.kept(call, names).items()
-            }
+            kept = self._student.kept(call, names)
+            found = {name: _on(self._device, value) for name, value in kept.items()}
+            if cut in found:
+                # A program converts what has a type in the graph; a cut value may have none.
+                found[cut] = _tensor(found[cut]).to(trainee.compute)
+            return found
 
         def run(given: Fed) -> list[Tensor]:
             return trainee.run(given, *trainee.hard())

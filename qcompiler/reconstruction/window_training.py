@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompiler.errors import ModelError, UsageError
 from qcompiler.execution.torch import Program
 from qcompiler.progress import Advance
-from qcompiler.quant.reconstruction import BlockReconstruction
+from qcompiler.quant.reconstruction import BlockReconstruction, Rounding
 from qcompiler.reconstruction.losses import LossTerms, total_loss
 from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.trained_steps import TrainedStep
@@ -35,12 +35,14 @@ class Trainee:
         outputs: Names of what it gives and is judged by.
         weights: Its weights.
         steps: Step sizes of its activations.
+        compute: The type that it runs in.
     """
 
     program: Program
     outputs: tuple[str, ...]
     weights: Sequence[TrainedWeight]
     steps: Sequence[TrainedStep]
+    compute: torch.dtype
 
     def run(
         self, feeds: Mapping[str, object], values: Sequence[Tensor], steps: Sequence[Tensor]
@@ -56,7 +58,8 @@ class Trainee:
     def hard(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights and step sizes as they would be written now."""
         with torch.no_grad():
-            return [w.hard_values() for w in self.weights], [s.value() for s in self.steps]
+            values = [each.hard_values().to(self.compute) for each in self.weights]
+            return values, [each.value() for each in self.steps]
 
     def learned(self) -> tuple[Trained, ...]:
         """Return all that is learned."""
@@ -86,7 +89,6 @@ class WindowTrainer:
         data: WindowData,
         settings: BlockReconstruction,
         terms: LossTerms,
-        compute: torch.dtype,
     ) -> None:
         """Prepare the optimizer.
 
@@ -95,10 +97,8 @@ class WindowTrainer:
             data: What it is taught.
             settings: How.
             terms: The loss.
-            compute: The type that weights are given to the window in.
         """
         self._terms = terms
-        self._compute = compute
         self.trainee = trainee
         self._data = data
         self._settings = settings
@@ -118,7 +118,6 @@ class WindowTrainer:
     def loss(self, calls: Sequence[int]) -> float:
         """Return the mean loss over calls of what would be written now."""
         values, steps = self.trainee.hard()
-        values = [value.to(self._compute) for value in values]
         total = torch.zeros((), dtype=torch.float64)
 
         def add(batch: Batch) -> None:
@@ -141,6 +140,8 @@ class WindowTrainer:
         order = _order(calls, self._settings.steps * batch, seed)
         for step in range(self._settings.steps):
             share = 0.5 * (1 + cos(pi * step / self._settings.steps))
+            if self._settings.rounding is Rounding.SOFT:
+                share = 1.0  # the regularizer decides last, and needs rates to do so
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * share
             self._step(order[step * batch : (step + 1) * batch], step)
@@ -149,7 +150,7 @@ class WindowTrainer:
     def _step(self, calls: Sequence[int], step: int) -> None:
         trainee = self.trainee
         made = [each.values() for each in trainee.weights] + [s.value() for s in trainee.steps]
-        compute = self._compute
+        compute = trainee.compute
         count = len(trainee.weights)
         leaves = [
             value.detach().to(compute if index < count else value.dtype).requires_grad_()

@@ -54,7 +54,9 @@ def decoder(layers: int = 3, width: int = 32, vocabulary: int = 60) -> tuple[str
     return text, {name: value.astype(np.float32) for name, value in weights.items()}
 
 
-def token_calls(count: int, *, batch: int = 1, length: int = 24, vocabulary: int = 60) -> list[Feeds]:
+def token_calls(
+    count: int, *, batch: int = 1, length: int = 24, vocabulary: int = 60
+) -> list[Feeds]:
     """Return calls of the decoder."""
     random = np.random.default_rng(1)
     return [{"ids": random.integers(0, vocabulary, (batch, length))} for _ in range(count)]
