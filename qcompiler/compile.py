@@ -41,6 +41,7 @@ from qcompiler.report.build import (
     output_checks,
     pass_reports,
     summarize,
+    window_reports,
 )
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import FileFacts, NodeReport, Report
@@ -343,6 +344,7 @@ def _report(
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        windows=window_reports(records),
     )
 
 

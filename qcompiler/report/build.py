@@ -22,8 +22,10 @@ from qcompiler.report.records import (
     QualityReport,
     SkipReport,
     Summary,
+    WindowReport,
 )
 from qcompiler.rewriting.manager import PassRecord
+from qcompiler.rewriting.window_record import WindowRewrite
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
@@ -180,6 +182,25 @@ def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
             tuple(SkipReport(skip.rule, skip.node, skip.reason) for skip in record.skips),
         )
         for record in records
+    )
+
+
+def window_reports(records: Iterable[PassRecord]) -> tuple[WindowReport, ...]:
+    """Return what became of windows, in order."""
+    rewrites = [rewrite for record in records for rewrite in record.rewrites]
+    return tuple(
+        WindowReport(
+            window.node,
+            _finite(window.loss_before),
+            _finite(window.loss_after),
+            window.kept,
+            window.codes,
+            window.flipped,
+            round(window.seconds, 3),
+            window.peak_bytes,
+        )
+        for window in rewrites
+        if isinstance(window, WindowRewrite)
     )
 
 
