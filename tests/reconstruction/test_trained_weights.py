@@ -52,7 +52,7 @@ def test_soft_codes_start_as_the_float_weight_and_harden_to_the_start(
     assert trained.harden().flipped == 0
     penalty = trained.regularizer(2.0)
     assert penalty is not None
-    assert 0 < float(penalty) < trained.size
+    assert 0 < float(penalty.detach()) < trained.size
 
 
 def test_gradients_are_those_of_rounding_straight_through(tmp_path: Path) -> None:
