@@ -83,8 +83,9 @@ class ReconstructBlocks(Pass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Insert, round, learn window by window, and check that only initializers changed."""
         from qcompiler.reconstruction.block_stream import open_device
-        from qcompiler.reconstruction.reconstruction import ReconstructionRun, reconstruct_model
+        from qcompiler.reconstruction.reconstruction import reconstruct_model
         from qcompiler.reconstruction.starting_point import edges, quantize_to_start
+        from qcompiler.reconstruction.window_making import ReconstructionRun
 
         options = self.options
         open_device(options.device)
