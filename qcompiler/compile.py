@@ -53,6 +53,7 @@ from qcompiler.report.build import (
     output_checks,
     pass_reports,
     summarize,
+    window_reports,
 )
 from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json, report_json
@@ -440,6 +441,7 @@ def _report(
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
         engine=engine,
+        windows=window_reports(records),
     )
 
 

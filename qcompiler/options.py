@@ -12,6 +12,7 @@ from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.reconstruction import BlockReconstruction
 from qcompiler.quant.scheme import FLOAT, parse_scheme
 from qcompiler.targets.capability import Target
 
@@ -32,6 +33,8 @@ class Reconstruction(StrEnum):
     """Each weight alone, to the nearest code; needs no samples."""
     GPTQ = "gptq"
     """Column by column, so that errors make up for each other in the ops' outputs."""
+    CBQ = "cbq"
+    """Learned over windows of blocks, so that these give what they give in float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ class CompileOptions:
         correct_bias: Whether the mean error of output channels is taken out of biases; it takes
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
+        blocks: What "cbq" learns, and how.
+        resume: A folder that finished windows of "cbq" are kept in, and taken from where they are
+            there; None keeps none.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
@@ -139,6 +145,8 @@ class CompileOptions:
     equalization: EqualizationOptions | None = None
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
+    blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
+    resume: Path | None = None
     device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None

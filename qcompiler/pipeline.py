@@ -52,11 +52,16 @@ from qcompiler.passes.quantize.expand_residuals import ExpandResiduals
 from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
+from qcompiler.passes.reconstruct.reconstruct_blocks import (
+    ReconstructBlocks,
+    ReconstructBlocksOptions,
+)
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.reconstruction import BlockReconstruction
 from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.rewriting.base import Pass
 from qcompiler.rewriting.legality import OPSET_OF
@@ -93,6 +98,8 @@ class Plan:
         equalization: How channels are equalized.
         correct_bias: Whether mean errors are taken out of biases.
         reconstruct: How codes of weights are chosen.
+        blocks: What is learned of blocks.
+        resume: Where finished windows are, or None.
         device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
@@ -114,6 +121,8 @@ class Plan:
     equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
     correct_bias: bool = False
     reconstruct: Reconstruction = Reconstruction.NONE
+    blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
+    resume: Path | None = None
     device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
@@ -160,6 +169,9 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.cast_io and recipe.compute_type is None:
         message = "inputs and outputs are to be cast, and no type is given to cast them to"
         raise UsageError(message, where="--cast-io", hint="give --compute-type float16")
+    if options.resume is not None and options.reconstruct is not Reconstruction.CBQ:
+        message = "there are no windows to resume"
+        raise UsageError(message, where="--resume", hint="it goes with --reconstruct cbq")
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -174,6 +186,8 @@ def make_plan(options: CompileOptions) -> Plan:
         equalization,
         correct_bias,
         options.reconstruct,
+        options.blocks,
+        options.resume,
         options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
@@ -316,6 +330,24 @@ def _round_weights(plan: Plan) -> RoundWeights:
     return RoundWeights(RoundWeightsOptions(samples, inserting, plan.device, options.memory_budget))
 
 
+def _reconstruct_blocks(plan: Plan) -> ReconstructBlocks:
+    options, data = plan.calibration, plan.data
+    if options is None or data is None:
+        message = "reconstruct-blocks needs samples"
+        raise UsageError(message, hint="give --calibration DATA")
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    return ReconstructBlocks(
+        ReconstructBlocksOptions(
+            samples,
+            tuple(_made(_inserting(plan), plan)),
+            plan.blocks,
+            plan.device,
+            options.memory_budget,
+            checkpoint=plan.resume,
+        )
+    )
+
+
 def quantizing_passes(plan: Plan) -> list[Pass]:
     """Return what makes a Q/DQ graph of one whose quantizers are placed and calibrated."""
     return _made(_INSERTING, plan)
@@ -394,6 +426,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
     InsertQdq: lambda plan: InsertQdq(InsertQdqOptions(plan.weight_range)),
     RoundWeights: _round_weights,
+    ReconstructBlocks: _reconstruct_blocks,
 }
 
 _INSERTING: tuple[type[Pass], ...] = (
@@ -403,6 +436,12 @@ _INSERTING: tuple[type[Pass], ...] = (
     InsertQdq,
 )
 """Those that make a Q/DQ graph of a plan."""
+
+_RECONSTRUCTING: dict[Reconstruction, type[Pass]] = {
+    Reconstruction.GPTQ: RoundWeights,
+    Reconstruction.CBQ: ReconstructBlocks,
+}
+"""Those that insert and choose codes."""
 
 _DYNAMIC: tuple[type[Pass], ...] = (DecomposeGemm, LowerDynamicQuantization)
 """Those that put scales of the run into the graph, which a Q/DQ graph does not show."""
@@ -463,7 +502,8 @@ def pipeline(plan: Plan) -> list[Pass]:
         left_out |= {EqualizeChannels}
     # Rounding inserts for itself: it compares with the float model it began with.
     reconstructing = plan.reconstruct is not Reconstruction.NONE
-    left_out |= frozenset(_INSERTING) if reconstructing else {RoundWeights}
+    left_out |= frozenset(_INSERTING) if reconstructing else frozenset()
+    left_out |= {kind for method, kind in _RECONSTRUCTING.items() if method is not plan.reconstruct}
     # What is rounded for its output has next to no mean error left.
     if plan.calibration is None or reconstructing or not plan.correct_bias:
         left_out |= {CorrectBias}

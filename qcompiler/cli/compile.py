@@ -8,6 +8,7 @@ import click
 from qcompiler.cli.engine import engine_options, engine_options_of
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -95,6 +96,7 @@ def command(
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
         engine_options=engine_options_of(others),
+        blocks=blocks_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

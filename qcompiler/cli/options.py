@@ -12,6 +12,7 @@ from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
     from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.quant.reconstruction import BlockReconstruction
 
 MODEL = click.Path(path_type=Path)
 
@@ -207,10 +208,32 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--reconstruct",
-            type=click.Choice(["none", "gptq"]),
+            type=click.Choice(["none", "gptq", "cbq"]),
             default="none",
             show_default=True,
-            help="How codes of weights are chosen; gptq takes samples and PyTorch.",
+            help="How codes of weights are chosen; gptq and cbq take samples and PyTorch.",
+        ),
+        click.option(
+            "--reconstruct-preset",
+            type=click.Choice(["fast", "default", "best"]),
+            default="default",
+            show_default=True,
+            help="How long cbq learns; fast learns step sizes only.",
+        ),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Blocks in a window.  [default: 2]"
+        ),
+        click.option(
+            "--overlap",
+            type=click.IntRange(min=0),
+            help="Blocks that two windows share.  [default: 1]",
+        ),
+        click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
+        click.option(
+            "--resume",
+            type=MODEL,
+            metavar="DIR",
+            help="Keep finished windows here; go on from those that are there.",
         ),
         click.option(
             "--device",
@@ -223,6 +246,19 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def blocks_of(values: dict[str, Any]) -> "BlockReconstruction":
+    """Take what cbq learns out of a command's values: a preset, and what was said beside it."""
+    from dataclasses import replace
+
+    from qcompiler.quant.reconstruction import PRESETS, Preset
+
+    blocks = PRESETS[Preset(values.pop("reconstruct_preset"))]
+    said = {name: values.pop(name) for name in ("window", "overlap", "steps")}
+    if said["window"] is not None and said["overlap"] is None:
+        said["overlap"] = min(blocks.overlap, said["window"] - 1)
+    return replace(blocks, **{name: value for name, value in said.items() if value is not None})
 
 
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":

@@ -8,6 +8,7 @@ import click
 
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -52,6 +53,7 @@ def command(
         calibration=calibration,
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        blocks=blocks_of(others),
         weight_range=method,
         **others,
     )

@@ -61,19 +61,60 @@ def test_gptq_leaves_outputs_nearer(scheme: str, calls: Path, tmp_path: Path) ->
     assert "insert-qdq" not in names
 
 
-def test_the_same_command_gives_the_same_bytes(calls: Path, tmp_path: Path) -> None:
+def test_cbq_leaves_outputs_nearer_than_gptq(calls: Path, tmp_path: Path) -> None:
+    found = {}
+    for method in ("gptq", "cbq"):
+        path = tmp_path / f"{method}.onnx"
+        common = ("compile", DIGITS, "-o", path, "--scheme", "w2a16:b32", "--equalize", "none")
+        assert status(*common, "--calibration", calls, "--reconstruct", method) == 0
+        found[method] = noise_db(path)
+    assert found["cbq"] > found["gptq"] + 0.5
+    report = json.loads((tmp_path / "cbq.report.json").read_text())
+    names = [record["name"] for record in report["passes"]]
+    assert "reconstruct-blocks" in names
+    assert not {"insert-qdq", "round-weights"} & set(names)
+    assert report["windows"]
+    for window in report["windows"]:
+        assert window["kept"] == (window["loss_after"] < window["loss_before"])
+        assert 0 <= window["flipped"] <= window["codes"]
+        assert window["seconds"] > 0
+        assert window["peak_bytes"] > 0
+
+
+def test_finished_windows_are_taken_up(calls: Path, tmp_path: Path) -> None:
+    made = []
+    for run, resume in enumerate([(), ("--resume", tmp_path / "w"), ("--resume", tmp_path / "w")]):
+        path = tmp_path / f"{run}.onnx"
+        options = ("--scheme", "w3a16:b32", "--calibration", calls, "--reconstruct", "cbq")
+        steps = ("--steps", 8, "--window", 1, "--reconstruct-preset", "fast")
+        assert status("compile", DIGITS, "-o", path, *options, *steps, *resume) == 0
+        made.append(path.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+def test_there_must_be_windows_to_resume(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--calibration", calls, "--reconstruct", "gptq", "--resume", tmp_path / "w")
+    assert status("compile", DIGITS, "-o", tmp_path / "x.onnx", *options) == 2
+    assert "--reconstruct cbq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["gptq", "cbq"])
+def test_the_same_command_gives_the_same_bytes(method: str, calls: Path, tmp_path: Path) -> None:
     made = []
     for run in range(2):
         path = tmp_path / f"{run}.onnx"
-        options = ("--scheme", "w4a16:b32", "--calibration", calls, "--reconstruct", "gptq")
+        options = ("--scheme", "w4a16:b32", "--calibration", calls, "--reconstruct", method)
         assert status("compile", DIGITS, "-o", path, *options) == 0
         made.append(path.read_bytes())
     assert made[0] == made[1]
 
 
-def test_int8_activations_are_quantized_too(calls: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "cbq"])
+def test_int8_activations_are_quantized_too(method: str, calls: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
-    options = ("--scheme", "w8a8", "--calibration", calls, "--reconstruct", "gptq")
+    options = ("--scheme", "w8a8", "--calibration", calls, "--reconstruct", method)
     assert status("compile", DIGITS, "-o", path, *options, "--no-never-slower") == 0
     assert noise_db(path) > 25
 
