@@ -41,7 +41,8 @@ from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
 from qcompiler.passes.lower.cast_types import CastTypes
-from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import Plan, make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (

@@ -12,7 +12,8 @@ from qcompiler.options import (
     EqualizationOptions,
     Reconstruction,
 )
-from qcompiler.pipeline import Plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import Plan
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe

@@ -7,7 +7,8 @@ import pytest
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
-from qcompiler.pipeline import PASSES, make_plan, pipeline, with_data
+from qcompiler.pipeline import PASSES, pipeline
+from qcompiler.plan import make_plan, with_data
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass

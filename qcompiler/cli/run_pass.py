@@ -41,7 +41,8 @@ def command(
     from qcompiler.ir.save import save_model
     from qcompiler.ir.weights import WeightStore
     from qcompiler.options import CompileOptions, Reconstruction
-    from qcompiler.pipeline import make_plan, pass_named, with_data
+    from qcompiler.pipeline import pass_named
+    from qcompiler.plan import make_plan, with_data
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
     from qcompiler.rewriting.manager import PassManager

@@ -14,7 +14,8 @@ from qcompiler.ir.save import save_model
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CalibrationOptions, CompileOptions, Reconstruction
 from qcompiler.passes.assign.assign_schemes import AssignSchemes
-from qcompiler.pipeline import make_plan, pipeline, with_data
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import make_plan, with_data
 from qcompiler.progress import SilentProgress
 from qcompiler.rewriting.base import Pass, PassContext, PassRecord
 from qcompiler.rewriting.manager import PassManager
