@@ -102,8 +102,6 @@ class CompileOptions:
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
         blocks: What "cbq" learns, and how.
-        resume: A folder that finished windows of "cbq" are kept in, and taken from where they are
-            there; None keeps none.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
@@ -146,7 +144,6 @@ class CompileOptions:
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
     blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
-    resume: Path | None = None
     device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None

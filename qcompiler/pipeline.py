@@ -154,7 +154,7 @@ def _reconstruct_blocks(plan: Plan) -> ReconstructBlocks:
             plan.blocks,
             plan.device,
             options.memory_budget,
-            checkpoint=plan.resume,
+            checkpoint=plan.windows,
         )
     )
 

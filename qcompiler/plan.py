@@ -25,6 +25,7 @@ from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.rewriting.base import Pass
 from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
+from qcompiler.rewriting.work_folder import windows_in
 from qcompiler.targets.capability import Target
 from qcompiler.targets.registry import find_target
 
@@ -58,7 +59,7 @@ class Plan:
         correct_bias: Whether mean errors are taken out of biases.
         reconstruct: How codes of weights are chosen.
         blocks: What is learned of blocks.
-        resume: Where finished windows are, or None.
+        windows: Folder of finished windows of blocks, or None.
         device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
@@ -81,7 +82,7 @@ class Plan:
     correct_bias: bool = False
     reconstruct: Reconstruction = Reconstruction.NONE
     blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
-    resume: Path | None = None
+    windows: Path | None = None
     device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
@@ -128,9 +129,6 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.cast_io and recipe.compute_type is None:
         message = "inputs and outputs are to be cast, and no type is given to cast them to"
         raise UsageError(message, where="--cast-io", hint="give --compute-type float16")
-    if options.resume is not None and options.reconstruct is not Reconstruction.CBQ:
-        message = "there are no windows to resume"
-        raise UsageError(message, where="--resume", hint="it goes with --reconstruct cbq")
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
@@ -146,7 +144,7 @@ def make_plan(options: CompileOptions) -> Plan:
         correct_bias,
         options.reconstruct,
         options.blocks,
-        options.resume,
+        None if options.work_dir is None else windows_in(options.work_dir),
         options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),

@@ -230,12 +230,6 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
         click.option(
-            "--resume",
-            type=MODEL,
-            metavar="DIR",
-            help="Keep finished windows here; go on from those that are there.",
-        ),
-        click.option(
             "--device",
             default="cpu",
             show_default=True,

@@ -10,6 +10,7 @@ import pytest
 
 from qcompiler.cli.main import main
 from qcompiler.quant.ranges import sqnr_db
+from qcompiler.reconstruction import reconstruction
 from tests.support.graphs import random_array
 from tests.support.parity import run_model
 
@@ -81,23 +82,30 @@ def test_cbq_leaves_outputs_nearer_than_gptq(calls: Path, tmp_path: Path) -> Non
         assert window["peak_bytes"] > 0
 
 
-def test_finished_windows_are_taken_up(calls: Path, tmp_path: Path) -> None:
-    made = []
-    for run, resume in enumerate([(), ("--resume", tmp_path / "w"), ("--resume", tmp_path / "w")]):
-        path = tmp_path / f"{run}.onnx"
-        options = ("--scheme", "w3a16:b32", "--calibration", calls, "--reconstruct", "cbq")
-        steps = ("--steps", 8, "--window", 1, "--reconstruct-preset", "fast")
-        assert status("compile", DIGITS, "-o", path, *options, *steps, *resume) == 0
-        made.append(path.read_bytes())
-    assert made[0] == made[1] == made[2]
-
-
-def test_there_must_be_windows_to_resume(
-    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_finished_windows_are_taken_up(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--calibration", calls, "--reconstruct", "gptq", "--resume", tmp_path / "w")
-    assert status("compile", DIGITS, "-o", tmp_path / "x.onnx", *options) == 2
-    assert "--reconstruct cbq" in capsys.readouterr().err
+    """Ctrl-C in a second window leaves the first, and the bytes are those of a whole run."""
+    options = ("--scheme", "w3a16:b32", "--calibration", calls, "--reconstruct", "cbq")
+    steps = ("--steps", 8, "--window", 1, "--reconstruct-preset", "fast")
+    common = ("compile", DIGITS, *options, *steps)
+    assert status(*common, "-o", tmp_path / "whole.onnx") == 0
+    begun: list[None] = []
+
+    def stop_in_the_second(*_: object) -> None:
+        begun.append(None)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruction, "forget_peak", stop_in_the_second)
+    work = ("-o", tmp_path / "again.onnx", "--work-dir", tmp_path / "work")
+    assert status(*common, *work) == 130
+    assert (tmp_path / "work" / "windows").is_dir()
+    assert status(*common, *work) == 0
+    windows = json.loads((tmp_path / "again.report.json").read_text())["windows"]
+    assert len(begun) == len(windows) + 1
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("method", ["gptq", "cbq"])
