@@ -83,7 +83,13 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
     return EqualizeChannels(
         EqualizeOptions(
             samples,
-            ScaleOptions(chosen.method, chosen.alpha, chosen.percentile, options.outlier_channels),
+            ScaleOptions(
+                chosen.method,
+                chosen.alpha,
+                chosen.percentile,
+                options.outlier_channels,
+                options.two_terms_below,
+            ),
             chosen.insert_mul,
             options.memory_budget,
             plan.custom_op_libraries,
