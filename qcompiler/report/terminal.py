@@ -229,7 +229,7 @@ def _types(nodes: Sequence[NodeReport]) -> Iterator[str]:
     rest = ranked[_TYPE_REASONS_SHOWN:]
     if rest:
         count = sum(len(names) for _, names in rest)
-        yield f"float32: {count} more for {len(rest)} reasons; the report and `explain` have them"
+        yield f"float32: {count} more, for other reasons; the report and `explain` have them"
 
 
 def _slowest(report: Report) -> str:
