@@ -97,7 +97,7 @@ def _engine(engine: EngineReport | None) -> Iterator[str]:
 
 def _native(output: QualityReport) -> str:
     if not output.ran:
-        return "no kernels on this machine to run it as it is"
+        return "not run as it is here"
     return f"{_db(output.native_db)} from float as it runs here"
 
 

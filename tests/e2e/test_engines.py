@@ -174,7 +174,7 @@ def test_onnx_runtime_has_no_engines(tmp_path: Path) -> None:
         ("float16", None, 1.2),
         ("bfloat16", None, 1.2),
         ("w8a16", "float16", 0.8),
-        ("w4a16:b32", "float16", 0.6),
+        ("w4a16:b32", "float16", 1.0),
     ],
 )
 def test_real_engines_hold_what_was_planned(
