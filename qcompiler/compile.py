@@ -391,7 +391,11 @@ def _report(
     engine: EngineReport | None,
     started: float,
 ) -> Report:
-    warnings = latency_warnings(latency) + kernel_warnings(nodes) + type_warnings(model)
+    warnings = (
+        latency_warnings(latency)
+        + kernel_warnings(nodes)
+        + type_warnings(model, runs_here=plan.target.runs_here)
+    )
     warnings += engine_warnings(engine)
     calibration = None
     if plan.calibration is not None and plan.data is not None:

@@ -169,7 +169,13 @@ def test_onnx_runtime_has_no_engines(tmp_path: Path) -> None:
 @needs_rtx
 @pytest.mark.parametrize(
     ("scheme", "kind", "most"),
-    [("float", None, 2.2), ("float16", None, 1.2), ("w8a16", "float16", 0.8)],
+    [
+        ("float", None, 2.2),
+        ("float16", None, 1.2),
+        ("bfloat16", None, 1.2),
+        ("w8a16", "float16", 0.8),
+        ("w4a16:b32", "float16", 1.0),
+    ],
 )
 def test_real_engines_hold_what_was_planned(
     scheme: str, kind: str | None, most: float, compiled: Compile
