@@ -116,7 +116,7 @@ def compile_model(
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
             A model in memory needs it. Report and manifest go beside it. Where it names an engine,
-            the model is called the same, with .onnx.
+            m.engine, the model is called m.lowered.onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:

@@ -63,7 +63,8 @@ def with_named_engine(
 ) -> tuple[CompileOptions, Path | None]:
     """Return options that name the engine, and where the model goes, if that was said.
 
-    An output that is an engine by its suffix has the model beside it.
+    An output that is an engine by its suffix has the model beside it, under a name that the source
+    of the compilation is unlikely to have: m.engine and m.lowered.onnx.
 
     Raises:
         UsageError: Two engines were named.
@@ -74,7 +75,7 @@ def with_named_engine(
     if options.engine not in (None, path):
         message = "two engines were named"
         raise UsageError(message, where=f"{path} and {options.engine}", hint="give -o model.onnx")
-    return replace(options, engine=path), path.with_suffix(".onnx")
+    return replace(options, engine=path), path.with_suffix(".lowered.onnx")
 
 
 def requested_engine(options: CompileOptions, target: Target) -> EngineRequest | None:
