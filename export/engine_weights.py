@@ -25,9 +25,9 @@ _LEAST_BYTES: Final = 1024
 _ROWS: Final = 128
 """Rows of a weight that are read: along a column, so many 2-bit codes make a needle."""
 _NEEDLE: Final = 32
-"""Bytes that are looked for."""
-_LEAST_DISTINCT: Final = 6
-"""Of these so many must differ: zeros are everywhere."""
+"""Elements that are looked for; of codes below 8 bits, bytes."""
+_LEAST_DISTINCT: Final = 5
+"""Of these elements so many must differ: zeros are everywhere."""
 _WORD: Final = 8
 """Bytes by which the places where a needle may begin are found."""
 _ALIGNMENT: Final = 4
@@ -145,10 +145,9 @@ def _needles(value: ir.Value) -> Iterator[tuple[ir.DataType, bytes]]:
     elif tensor.dtype != ir.DataType.FLOAT:
         forms[ir.DataType.FLOAT] = stored.astype(np.float32)
     for dtype, values in forms.items():
-        for line in _lines(values):
-            needle = _needle(line, dtype)
-            if needle:
-                yield dtype, needle
+        count = max(_NEEDLE, _NEEDLE * 8 // dtype.bitwidth)
+        for line in _lines(values, count):
+            yield dtype, bytes(ir.tensor(line, dtype=dtype).tobytes())
 
 
 def _decoded(decoder: ir.Node, codes: Array) -> Mapping[ir.DataType, Array]:
@@ -170,28 +169,25 @@ def _decoded(decoder: ir.Node, codes: Array) -> Mapping[ir.DataType, Array]:
         return {dtype: values.astype(kind) for dtype, kind in _DECODED.items()}
 
 
-def _lines(values: Array) -> Iterator[Array]:
+def _lines(values: Array, count: int) -> Iterator[Array]:
     """Yield a row, a column, and of a convolution's weight a row with channels last."""
     matrix = values.reshape(values.shape[0], -1)
-    yield from _first_that_differs(matrix)
-    yield from _first_that_differs(matrix.T)
+    yield from _first_that_differs(matrix, count)
+    yield from _first_that_differs(matrix.T, count)
     if values.ndim > 2:
         last = np.moveaxis(values, 1, -1).reshape(values.shape[0], -1)
-        yield from _first_that_differs(last)
+        yield from _first_that_differs(last, count)
 
 
-def _first_that_differs(matrix: Array) -> Iterator[Array]:
+def _first_that_differs(matrix: Array, count: int) -> Iterator[Array]:
+    """Yield the beginning of the first row that could not be just anything; none if all could."""
+    if matrix.shape[1] < count:
+        return
     for row in matrix[:_ROWS]:
-        piece = np.ascontiguousarray(row[: 4 * _NEEDLE])
+        piece = np.ascontiguousarray(row[:count])
         if len(np.unique(piece.astype(np.float32))) >= _LEAST_DISTINCT:
             yield piece
             return
-
-
-def _needle(line: Array, dtype: ir.DataType) -> bytes:
-    """Return the first bytes of a line as they are stored, b"" where it is too short."""
-    stored: bytes = ir.tensor(line, dtype=dtype).tobytes()
-    return stored[:_NEEDLE] if len(stored) >= _NEEDLE else b""
 
 
 def _present(engine: Path, needles: Sequence[bytes]) -> Iterator[bytes]:
@@ -210,5 +206,6 @@ def _present(engine: Path, needles: Sequence[bytes]) -> Iterator[bytes]:
             places = np.minimum(np.searchsorted(sought, words), len(sought) - 1)
             for hit in np.flatnonzero(sought[places] == words):
                 at = first + shift + int(hit) * _WORD
-                held = content[at : at + _NEEDLE].tobytes()
-                yield from (needle for needle in starts[int(words[hit])] if needle == held)
+                for needle in starts[int(words[hit])]:
+                    if content[at : at + len(needle)].tobytes() == needle:
+                        yield needle

@@ -120,7 +120,7 @@ def compile_model(
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
             A model in memory needs it. Report and manifest go beside it. Where it names an engine,
-            the model is called the same, with .onnx.
+            m.engine, the model is called m.lowered.onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:
@@ -414,7 +414,11 @@ def _report(
     engine: EngineReport | None,
     started: float,
 ) -> Report:
-    warnings = latency_warnings(latency) + kernel_warnings(nodes) + type_warnings(model)
+    warnings = (
+        latency_warnings(latency)
+        + kernel_warnings(nodes)
+        + type_warnings(model, runs_here=plan.target.runs_here)
+    )
     warnings += engine_warnings(engine)
     calibration = None
     if plan.calibration is not None and plan.data is not None:

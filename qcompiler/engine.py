@@ -63,7 +63,8 @@ def with_named_engine(
 ) -> tuple[CompileOptions, Path | None]:
     """Return options that name the engine, and where the model goes, if that was said.
 
-    An output that is an engine by its suffix has the model beside it.
+    An output that is an engine by its suffix has the model beside it, under a name that the source
+    of the compilation is unlikely to have: m.engine and m.lowered.onnx.
 
     Raises:
         UsageError: Two engines were named.
@@ -74,7 +75,7 @@ def with_named_engine(
     if options.engine not in (None, path):
         message = "two engines were named"
         raise UsageError(message, where=f"{path} and {options.engine}", hint="give -o model.onnx")
-    return replace(options, engine=path), path.with_suffix(".onnx")
+    return replace(options, engine=path), path.with_suffix(".lowered.onnx")
 
 
 def requested_engine(options: CompileOptions, target: Target) -> EngineRequest | None:
@@ -94,9 +95,25 @@ def requested_engine(options: CompileOptions, target: Target) -> EngineRequest |
         able = ", ".join(name for name, each in TARGETS.items() if each.engine)
         message = f"{target.title} takes ONNX models; it has no engines"
         raise UsageError(message, where=str(path), hint=f"targets with engines: {able or 'none'}")
-    chosen = replace(options.engine_options, library=target.engine)
+    chosen = _for_processors(replace(options.engine_options, library=target.engine), target)
     require_library(chosen)
     return EngineRequest(path, chosen, LIBRARIES[chosen.library].title)
+
+
+def _for_processors(chosen: EngineOptions, target: Target) -> EngineOptions:
+    """Return options for the processors that a target names, where none are asked for.
+
+    Raises:
+        UsageError: Others are asked for than the graph is made for.
+    """
+    named = tuple(one.name for one in target.processors)
+    if not target.tuned or not LIBRARIES[chosen.library].names_processors:
+        return chosen
+    others = [name for name in chosen.capabilities if name not in named]
+    if others:
+        message = f"the engine is for {', '.join(others)}, and the graph for {', '.join(named)}"
+        raise UsageError(message, hint=f"leave --sm out, or the processors of {target.name}")
+    return replace(chosen, capabilities=chosen.capabilities or named)
 
 
 def with_profiles(

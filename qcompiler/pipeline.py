@@ -35,6 +35,7 @@ from qcompiler.passes.lower.lower_embeddings import LowerEmbeddings
 from qcompiler.passes.lower.lower_matmul_nbits import LowerMatMulNBits
 from qcompiler.passes.lower.quantize_biases import QuantizeBiases
 from qcompiler.passes.lower.recode_weights import RecodeWeights
+from qcompiler.passes.lower.remove_dynamic_quantization import RemoveDynamicQuantization
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
@@ -275,6 +276,7 @@ _LOWERING: dict[type[Pass], PassFactory] = {
 
 _TAKING_IN: dict[type[Pass], PassFactory] = {
     DecomposeQuantizedOps: lambda plan: DecomposeQuantizedOps(),
+    RemoveDynamicQuantization: lambda plan: RemoveDynamicQuantization(),
     RecodeWeights: lambda plan: RecodeWeights(),
     CenterActivations: lambda plan: CenterActivations(),
 }

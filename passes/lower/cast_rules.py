@@ -29,6 +29,9 @@ _ANGLE_ERROR: Final = 2.0**-9
 _LONG_SOFTMAX: Final = 2048
 """From here on, adding 1 to a float16 sum changes nothing. Shorter ones are left to the runtimes,
 whose kernels add up in float32."""
+_LEAST_SCALE: Final = 256
+"""Times the smallest number: from here on a scale is off by 0.2 % at most, half as much as 8 bits
+round what it scales."""
 _DIVISOR: Final = 1
 """Input of Div in which nothing may become 0. Norms add an epsilon before they divide."""
 
@@ -157,21 +160,43 @@ def force_by_constants(
             reason = _fault(value.name or "", facts, read, compute)
             if reason:
                 forced.add(read.term, reason)
+                _force_integer_products(graph, read, reason, forced)
     return masks
+
+
+def _force_integer_products(graph: TypedGraph, read: Read, reason: str, forced: Forced) -> None:
+    """Force the products of what a scale in float32 decodes, where their data has codes as well.
+
+    A Cast between the codes and their product would keep runtimes from multiplying integers.
+    """
+    node = read.owner
+    if not isinstance(node, ir.Node) or not is_scale(node, read.index):
+        return
+    for use in node.outputs[0].uses():
+        decoded = sum(1 for value in use.node.inputs if value is not None and _is_decoded(value))
+        if decoded > 1 and use.node in graph.term_of:
+            forced.add(graph.term_of[use.node], reason)
+
+
+def _is_decoded(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and is_op(producer, "DequantizeLinear")
 
 
 def _fault(name: str, facts: ConstantFacts, read: Read, compute: ComputeType) -> str:
     """Return why a constant cannot be read in the 16-bit type, "" if it can."""
     if facts.peak > compute.largest:
         return f"{name} holds {_signed(facts):.4g}, and {compute} ends at {compute.largest:.5g}"
+    node = read.owner
+    if isinstance(node, ir.Node) and is_scale(node, read.index):
+        if facts.tiny >= _LEAST_SCALE * compute.smallest:
+            return ""
+        return f"a scale in {name} is {facts.tiny:.4g}, where {compute} has few digits or none"
     if 0 < facts.peak < compute.smallest_normal:
         end = compute.smallest_normal
         return f"{name} holds {_signed(facts):.4g}, and below {end:.2g} {compute} loses digits"
-    node = read.owner
     if not isinstance(node, ir.Node) or facts.tiny >= compute.smallest_normal:
         return ""
-    if is_scale(node, read.index):
-        return f"a scale in {name} is {facts.tiny:.4g}, where {compute} has few digits or none"
     vanishes = facts.tiny <= compute.smallest / 2
     if is_op(node, "Div") and read.index == _DIVISOR and vanishes:
         return f"{name} holds {facts.tiny:.4g}, which {compute} makes 0, and it is divided by"

@@ -13,7 +13,7 @@ from qcompiler.ir.dataflow import (
     is_op,
     node_name,
 )
-from qcompiler.ir.editing import add_initializer, fresh_name, value_names
+from qcompiler.ir.editing import add_initializer, bypass, fresh_name, value_names
 from qcompiler.ir.substitution import new_node, substitute
 from qcompiler.ir.weights import WeightStore, read_all
 from qcompiler.passes.lower.nbits_weights import nbits_refusal, unpacked_weight
@@ -39,7 +39,8 @@ class DecomposeQuantizedOps(Pass):
         several scales for an activation; a MatMulNBits with reordered channels or float zero
         points.
 
-    An op that only moves codes moves the values instead, between quantizers of its own. The result
+    An op that only moves codes moves the values instead, between quantizers of its own; constant
+    codes are decoded before it. The result
     means the same in real arithmetic: what was summed in integers is summed in floats.
     What types its codes have is not changed, which is `recode-weights`' and
     `center-activations`' part.
@@ -74,7 +75,7 @@ def _rewrite(node: ir.Node, store: WeightStore, taken: set[str]) -> str | None:
             _decompose(node, form, taken)
         return reason
     if is_op(node, *_CARRIERS):
-        return "" if _lift(node, taken) else None
+        return "" if _lift(node, taken) or _decode_before(node, taken) else None
     if node.domain != MICROSOFT:
         return None
     if node.op_type == "MatMulNBits":
@@ -124,6 +125,35 @@ def _lift(node: ir.Node, taken: set[str]) -> bool:
     output.type = ir.TensorType(dtype)
     graph.insert_before(node, decode)
     graph.insert_after(node, encode)
+    return True
+
+
+def _decode_before(node: ir.Node, taken: set[str]) -> bool:
+    """Decode constant codes before an op that moves them, not after; False for other data.
+
+    One scale for all elements, or the order matters.
+    """
+    codes, output = node.inputs[0], node.outputs[0]
+    readers = [use.node for use in output.uses()]
+    if constant_of(codes) is None or not readers or output.is_graph_output():
+        return False
+    first = readers[0]
+    for reader in readers:
+        scale = constant_of(reader.inputs[1]) if is_op(reader, "DequantizeLinear") else None
+        if scale is None or scale.size != 1 or reader.inputs[1:] != first.inputs[1:]:
+            return False
+    graph = node.graph
+    assert graph is not None
+    parts = _Parts(node, taken)
+    dtype = _dtype(first.inputs[1])
+    data = parts.add("DequantizeLinear", [codes, *first.inputs[1:]], "decoded", dtype)
+    data.shape = codes.shape if codes is not None else None
+    graph.insert_before(node, parts.nodes)
+    node.replace_input_with(0, data)
+    output.type = ir.TensorType(dtype)
+    for reader in readers:
+        reader.replace_input_with(0, output)
+        bypass(reader)
     return True
 
 

@@ -38,14 +38,19 @@ def type_counts(model: ir.Model) -> TypeCounts:
     return TypeCounts(compute, narrow, wide, casts)
 
 
-def type_warnings(model: ir.Model) -> tuple[str, ...]:
-    """Say what to know of a model that was cast."""
+def type_warnings(model: ir.Model, *, runs_here: bool) -> tuple[str, ...]:
+    """Say what to know of a model that was cast.
+
+    Args:
+        model: The compiled model.
+        runs_here: Whether ONNX Runtime is to run it.
+    """
     counts = type_counts(model)
     if counts.compute_type is None:
         return ()
     if not counts.narrow:
         return (f"no op computes in {counts.compute_type}: the model has no float32 for it",)
-    if has_bfloat16(model):
+    if runs_here and has_bfloat16(model):
         return (
             "ONNX Runtime has no bfloat16 kernels on a CPU, so what it would run was not looked "
             "at; outputs were judged in float32 with every value rounded to bfloat16",

@@ -97,7 +97,7 @@ def _engine(engine: EngineReport | None) -> Iterator[str]:
 
 def _native(output: QualityReport) -> str:
     if not output.ran:
-        return "no kernels on this machine to run it as it is"
+        return "not run as it is here"
     return f"{_db(output.native_db)} from float as it runs here"
 
 
@@ -235,7 +235,7 @@ def _types(nodes: Sequence[NodeReport]) -> Iterator[str]:
     rest = ranked[_TYPE_REASONS_SHOWN:]
     if rest:
         count = sum(len(names) for _, names in rest)
-        yield f"float32: {count} more for {len(rest)} reasons; the report and `explain` have them"
+        yield f"float32: {count} more, for other reasons; the report and `explain` have them"
 
 
 def _slowest(report: Report) -> str:

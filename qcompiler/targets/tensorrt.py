@@ -41,7 +41,12 @@ TENSORRT_RTX: Final = Target(
     substitutes=SUBSTITUTES,
     placement=PLACEMENT,
     lowering=(),
-    intake=("decompose-quantized-ops", "recode-weights", "center-activations"),
+    intake=(
+        "decompose-quantized-ops",
+        "remove-dynamic-quantization",
+        "recode-weights",
+        "center-activations",
+    ),
     lowered_ops=LOWERED_OPS,
     added_biases=(
         AddedBias(Activations.FLOAT, any_shape=True, source=_FUSED),

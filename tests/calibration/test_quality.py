@@ -83,9 +83,8 @@ def test_a_cast_model_is_compared_with_every_value_rounded(tmp_path: Path) -> No
     text = "g (float[N] x) => (float[N] y) { a = Cast<to = 10>(x) s = Mul(a, a) r = Sqrt(s)"
     cast = build(f"{text} y = Cast<to = 1>(r) }}")
     infer_shapes(cast)
-    source = saved(
-        build("g (float[N] x) => (float[N] y) { s = Mul(x, x) y = Sqrt(s) }"), tmp_path / "a"
-    )
+    wide = build("g (float[N] x) => (float[N] y) { s = Mul(x, x) y = Sqrt(s) }")
+    source = saved(wide, tmp_path / "a")
     calls = Samples("test", False, 1, lambda: iter([{"x": np.array([300, 2], np.float32)}]))
     (plain,) = output_quality(source, saved(cast, tmp_path / "b"), calls)
     assert plain.native_db == plain.emulated_db == np.inf

@@ -70,8 +70,8 @@ def test_an_engine_lies_beside_its_graph(compiled: Compile, library: Does) -> No
     result = compiled(engine_options=SHAPES, external_data=True, scheme="w4a16:b32")
     folder = result.path.parent
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("o.engine", "o.engine.manifest.json", "o.manifest.json"),
-        *("o.onnx", "o.onnx.data", "o.report.json"),
+        *("o.engine", "o.engine.manifest.json", "o.lowered.manifest.json"),
+        *("o.lowered.onnx", "o.lowered.onnx.data", "o.lowered.report.json"),
     ]
     assert result.engine_path == folder / "o.engine"
     assert result.report == read_report(result.report_path)
@@ -93,6 +93,9 @@ def test_weights_that_are_not_there_are_listed(
 ) -> None:
     library(log=[[2, "be careful"]])
     ir.save(net(), tmp_path / "m.onnx")
+    plain = (tmp_path / "m.onnx", "--profile", "x:1x256", "-o", tmp_path / "m.engine")
+    assert run(*plain, "--no-inspect")[0] == 0
+    assert (tmp_path / "m.lowered.onnx").exists()
     status, out, _ = run(
         *(tmp_path / "m.onnx", "--scheme", "w8a16", "--profile", "x:1x256..2x256..8x256"),
         *("--engine", tmp_path / "deep.plan", "-o", tmp_path / "o.onnx", "--no-inspect"),
@@ -169,7 +172,13 @@ def test_onnx_runtime_has_no_engines(tmp_path: Path) -> None:
 @needs_rtx
 @pytest.mark.parametrize(
     ("scheme", "kind", "most"),
-    [("float", None, 2.2), ("float16", None, 1.2), ("w8a16", "float16", 0.8)],
+    [
+        ("float", None, 2.2),
+        ("float16", None, 1.2),
+        ("bfloat16", None, 1.2),
+        ("w8a16", "float16", 0.8),
+        ("w4a16:b32", "float16", 1.0),
+    ],
 )
 def test_real_engines_hold_what_was_planned(
     scheme: str, kind: str | None, most: float, compiled: Compile

@@ -1,5 +1,6 @@
 """Models compiled for TensorRT-RTX: what ONNX Runtime computes, and what the library builds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 
 from qcompiler.calibration.observers import Observer
 from qcompiler.compile import compile_model
+from qcompiler.engine import requested_engine
 from qcompiler.errors import TargetError, UsageError
+from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.quant.compute_type import ComputeType
+from qcompiler.targets.registry import find_target
 from tests.support.calibrated import conv_weight as cw
 from tests.support.calibrated import distance_db
 from tests.support.graphs import build, op_types, random_array
@@ -148,6 +153,32 @@ def test_float8_of_another_tool_goes_through(tmp_path: Path, rtx: RtxBuilder) ->
     assert [product.operands for product in built.products] == [("fp8_e4m3", "fp8_e4m3")]
     with pytest.raises(TargetError, match="SM80, SM86 has no FLOAT8E4M3FN"):
         compiled(model, tmp_path, target="tensorrt-rtx", scheme="float", calibrated=False)
+
+
+@requires_rtx
+def test_an_engine_is_for_the_processors_of_the_target(tmp_path: Path) -> None:
+    options = CompileOptions(engine=tmp_path / "m.engine")
+    named = requested_engine(options, find_target("tensorrt-rtx:sm89,sm86"))
+    assert named is not None
+    assert named.options.capabilities == ("SM86", "SM89")
+    free = requested_engine(options, find_target("tensorrt-rtx"))
+    assert free is not None
+    assert free.options.capabilities == ()
+    asked = replace(options, engine_options=EngineOptions(capabilities=("SM120",)))
+    with pytest.raises(UsageError, match="the engine is for SM120, and the graph for SM86"):
+        requested_engine(asked, find_target("tensorrt-rtx:sm86"))
+
+
+@requires_rtx
+def test_integers_and_float16_in_one_engine(tmp_path: Path, rtx: RtxBuilder) -> None:
+    """Casting leaves the types of quantizers and their readers in one piece."""
+    text = """g (float[4,256] x) => (float[4,64] y) {
+        [up] a=MatMul(x,m1) r=Relu(a) [down] y=MatMul(r,m2) }"""
+    matrices = {"m1": random_array(256, 256) / 16, "m2": random_array(256, 64, seed=1) / 16}
+    made = compiled(build(text, matrices), tmp_path, compute_type=ComputeType.FLOAT16)
+    built = rtx.build(made)
+    assert (built.stage, built.log) == ("done", ())
+    assert [product.operands for product in built.products] == [("int8", "int8")] * 2
 
 
 def test_latency_is_not_measured_where_engines_do_not_run(tmp_path: Path) -> None:

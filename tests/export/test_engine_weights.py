@@ -102,6 +102,18 @@ def test_rows_of_zeros_say_nothing(tmp_path: Path) -> None:
     assert found(plain(weight), tmp_path, weight.tobytes()).found == (ir.DataType.FLOAT16,)
 
 
+def test_a_few_zeros_at_the_beginning_say_nothing(tmp_path: Path) -> None:
+    codes = CODES.copy()
+    codes[:, :8] = 0
+    codes[:8] = 0
+    model = build(
+        """g (float16[N, 128] x) => (float16[N, 64] y) {
+        d = DequantizeLinear<axis = 0, block_size = 64>(codes, scale) y = MatMul(x, d) }""",
+        {"codes": int4(codes), "scale": SCALES},
+    )
+    assert found(model, tmp_path, bytes(4096), packed(codes)).found == (ir.DataType.INT4,)
+
+
 def test_scales_indices_and_small_constants_are_no_weights(tmp_path: Path) -> None:
     text = """g (float16[N] x) => (float16[N] y) { a = Add(x, small) y = Gather(a, index) }"""
     model = build(text, {"small": np.ones(1, np.float16), "index": np.arange(4096)})

@@ -120,7 +120,7 @@ def test_types_are_told_with_their_reasons() -> None:
     text = _printed(replace(report, nodes=nodes, summary=summary))
     assert "7 ops compute in float16, 20 stay in float32; Casts added between them: 3" in text
     assert "float32: 4 (layer[16], layer[17], layer[18], ...): reason 8" in text
-    assert "float32: 2 more for 1 reasons" in text
+    assert "float32: 2 more, for other reasons" in text
     told = "\n".join(explanation(nodes[0], ()))
     assert "computes in float32, since reason 0" in told
 

@@ -89,6 +89,27 @@ def test_scales_too_small_for_float16_stay_float32(tmp_path: Path) -> None:
     reasons = float32_nodes(cast(model, tmp_path, data(4, 32)))
     assert "ws" in reasons["dw"]
     assert initializer(model, "ws").dtype == np.float32
+    # No Cast comes between the codes and a product of two of them.
+    assert "ws" in reasons["mm"]
+    assert not {source for source, _ in casts(model)} & {"b", "w"}
+
+
+def test_scales_that_float16_holds_well_enough_follow(tmp_path: Path) -> None:
+    text, weights = quantized()
+    weights["ws"] = np.full(32, 1.7e-5, np.float32)
+    before, after = build(text, weights), build(text, weights)
+    assert cast(after, tmp_path, data(4, 32)).skips == ()
+    assert worst_error(before, after, data(4, 32)) < 2e-2
+
+
+def test_a_small_scale_of_weights_alone_costs_one_cast(tmp_path: Path) -> None:
+    text = """g (float[N, 32] x) => (float[N, 32] y) {
+        h = MatMul(x, v) [dw] w = DequantizeLinear<axis=1>(codes, ws) [mm] y = MatMul(h, w) }"""
+    _, weights = quantized()
+    kept = {name: weights[name] for name in ("codes", "v")}
+    model = build(text, kept | {"ws": np.full(32, 3e-6, np.float32)})
+    assert set(float32_nodes(cast(model, tmp_path, data(4, 32)))) == {"dw"}
+    assert ("w", "FLOAT16") in casts(model)
 
 
 def test_scales_are_float32_before_opset_19(tmp_path: Path) -> None:

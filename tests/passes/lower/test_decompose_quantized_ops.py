@@ -229,3 +229,16 @@ def test_refuses_reordered_channels(tmp_path: Path) -> None:
     model = build(text, weights)
     reason = only_skip(run_pass(DecomposeQuantizedOps(), model, tmp_path)).reason
     assert reason == "its input channels are reordered (g_idx)"
+
+
+def test_a_table_of_codes_is_decoded_before_the_lookup(tmp_path: Path) -> None:
+    text = """g (int64[3] i) => (float[3,16] y) {
+        [g] r = Gather(t, i) [d] d = DequantizeLinear(r, s, z) [e] y = Identity(d) }"""
+    table = codes(10, 16, low=0, high=255, dtype=np.uint8)
+    model = build(text, {"t": table, "s": np.float32(0.1), "z": np.uint8(100)})
+    feeds = {"i": np.array([1, 7, 3])}
+    before = run_model(model, feeds)["y"]
+    run_pass(DecomposeQuantizedOps(), model, tmp_path)
+    assert op_types(model) == ["DequantizeLinear", "Gather", "Identity"]
+    np.testing.assert_array_equal(run_model(model, feeds)["y"], before)
+    assert_idempotent(DecomposeQuantizedOps(), model, tmp_path)
