@@ -184,7 +184,7 @@ def test_data_of_few_steps_is_rounded_in_two_terms() -> None:
         )
         for below in (0.0, 2.0)
     ]
-    assert noises[1].judge < noises[0].judge / 100
+    assert noises[1].judge < noises[0].judge / 20
 
 
 def test_channels_of_rows_repeat_for_the_positions_of_a_kernel() -> None:
