@@ -146,7 +146,7 @@ def test_every_way_to_learn_brings_outputs_nearer(how: BlockReconstruction, tmp_
 
 @pytest.mark.parametrize("scheme", ["w4a16:sym", "w4a16:b32:asym", "w3a16:sym", "w2a16:asym"])
 def test_every_granularity_is_learned(scheme: str, tmp_path: Path) -> None:
-    calls, calm = token_calls(12), replace(QUICK, scale_rate=2e-3, code_rate=4e-3)
+    calls, calm = token_calls(12), replace(QUICK, code_rate=4e-3)
     truth, model, start = (_planned(scheme, layers=2) for _ in range(3))
     _rounded(start, calls, tmp_path)
     result = run_pass(_pass(calls, calm), model, tmp_path)
@@ -371,7 +371,7 @@ def _images(count: int, seed: int = 0) -> list[Feeds]:
 
 @pytest.mark.parametrize("scheme", ["w2a16:asym", "w4a16:sym"])
 def test_convolutions_are_learned(scheme: str, tmp_path: Path) -> None:
-    calls, calm = _images(16), replace(QUICK, steps=80, scale_rate=4e-3, code_rate=1e-2)
+    calls, calm = _images(16), replace(QUICK, steps=60, code_rate=1e-2)
     truth, model, start = (_net(scheme) for _ in range(3))
     _rounded(start, calls, tmp_path)
     result = run_pass(_pass(calls, calm), model, tmp_path)
@@ -402,7 +402,7 @@ def test_step_sizes_of_activations_are_learned(tmp_path: Path) -> None:
     )
     for rewrite in insert:
         run_pass(rewrite, start, tmp_path)
-    how = replace(QUICK, start=Start.NEAREST, steps=80, activation_rate=5e-3, scale_rate=1e-3)
+    how = replace(QUICK, start=Start.NEAREST, steps=80, activation_rate=5e-2)
     run_pass(
         ReconstructBlocks(ReconstructBlocksOptions(samples_of(calls), insert, how)), model, tmp_path
     )
