@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -28,7 +28,7 @@ from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
-from qcompiler.options import CompileOptions, Verification
+from qcompiler.options import CompileOptions, Reconstruction, Verification
 from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
@@ -352,6 +352,8 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
     """Return what decides the bytes of the result beside model and recipe."""
     return {
         "weight_range": plan.weight_range.value,
+        "reconstruct": plan.reconstruct.value,
+        "blocks": asdict(plan.blocks) if plan.reconstruct is Reconstruction.CBQ else None,
         "never_slower": plan.never_slower,
         "min_output_sqnr": options.min_output_sqnr,
         "metric": options.metric,

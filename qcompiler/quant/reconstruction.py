@@ -93,7 +93,7 @@ class BlockReconstruction:
     rounding: Rounding = Rounding.HARD
     rank: int = 5
     scale_rate: float = 1.5e-2
-    code_rate: float = 5e-3
+    code_rate: float = 3e-3
     activation_rate: float = 1.5e-2
     kl: float = 0.0
     homologous: bool = False
