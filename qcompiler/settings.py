@@ -58,7 +58,7 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
         "correct_bias": plan.correct_bias,
         "cast_io": plan.cast_io,
         "reconstruct": plan.reconstruct.value,
-        "blocks": asdict(plan.blocks),
+        "blocks": asdict(plan.blocks) if plan.reconstruct is Reconstruction.CBQ else None,
         "never_slower": plan.never_slower,
         "measurements": plan.measurements is not None,
         "user_passes": list(options.user_passes),
@@ -117,7 +117,9 @@ def options_from(
     )
 
 
-def _blocks_from(settings: Mapping[str, Any]) -> BlockReconstruction:
+def _blocks_from(settings: Mapping[str, Any] | None) -> BlockReconstruction:
+    if settings is None:
+        return BlockReconstruction()
     chosen = {name: kind(settings[name]) for name, kind in _BLOCK_CHOICES.items()}
     return BlockReconstruction(**{**settings, **chosen})
 

@@ -70,9 +70,10 @@ class BlockReconstruction:
         learned: What is learned of weights.
         rounding: How positions become codes.
         rank: Of the matrices of `lora`.
-        scale_rate: Learning rate of the weights' step sizes, as a part of them.
+        scale_rate: Learning rate of the weights' step sizes, as a part of them, for 2 bits; each
+            bit more halves it.
         code_rate: Learning rate of positions, in codes, or of the matrices that move them.
-        activation_rate: Learning rate of the activations' step sizes, as a part of them.
+        activation_rate: The same of the activations' step sizes.
         kl: Weight of the divergence of the softmax over channels, beside the squared error.
         homologous: Whether a window shall also do to its own data what the float one does to it.
         regularizer: Weight of the regularizer of soft rounding, which is a mean over codes.
@@ -92,8 +93,8 @@ class BlockReconstruction:
     rounding: Rounding = Rounding.HARD
     rank: int = 5
     scale_rate: float = 1.5e-2
-    code_rate: float = 1e-2
-    activation_rate: float = 1e-3
+    code_rate: float = 3e-3
+    activation_rate: float = 1.5e-2
     kl: float = 0.0
     homologous: bool = False
     regularizer: float = 0.01

@@ -119,7 +119,10 @@ class _Reconstruction:
         text = f"window {len(found) + 1} of {len(self._windows)}"
         if not found:
             return text
-        return f"{text}, loss of the last {found[-1].loss_before:.3g} -> {found[-1].loss_after:.3g}"
+        seconds = sum(record.seconds for record in found) / len(found)
+        minutes = seconds * (len(self._windows) - len(found)) / 60
+        last = f"loss of the last {found[-1].loss_before:.3g} -> {found[-1].loss_after:.3g}"
+        return f"{text}, {minutes:.0f} min left for all, {last}"
 
     def _resume(self) -> list[WindowRewrite]:
         """Put what a checkpoint holds into the graph, and return its records."""

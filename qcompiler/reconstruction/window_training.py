@@ -103,16 +103,12 @@ class WindowTrainer:
         self._data = data
         self._settings = settings
         self.batch_size = settings.batch
-        self._rates = [settings.scale_rate, settings.code_rate, settings.activation_rate]
-        groups = [
-            [each.factors for each in trainee.weights],
-            [matrix for each in trainee.weights for matrix in each.matrices],
-            [step.factor for step in trainee.steps],
-        ]
-        used = [(rate, group) for rate, group in zip(self._rates, groups, strict=True) if group]
-        self._rates = [rate for rate, _ in used]
+        groups = _groups(trainee, settings)
+        self._rates = list(groups)
         self._optimizer = torch.optim.Adam(
-            [{"params": group, "lr": rate} for rate, group in used], betas=(0.9, 0.99), fused=True
+            [{"params": group, "lr": rate} for rate, group in groups.items()],
+            betas=(0.9, 0.99),
+            fused=True,
         )
 
     def loss(self, calls: Sequence[int]) -> float:
@@ -234,6 +230,23 @@ class WindowTrainer:
             forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _groups(trainee: Trainee, settings: BlockReconstruction) -> dict[float, list[Tensor]]:
+    """Return all that is learned by its rate.
+
+    A change of a scale moves the value of the largest code by twice the steps for each bit more.
+    """
+    found: dict[float, list[Tensor]] = {}
+    for weight in trainee.weights:
+        rate = settings.scale_rate * 2.0 ** (2 - weight.weight.spec.qtype.bits)
+        found.setdefault(rate, []).append(weight.factors)
+        if weight.matrices:
+            found.setdefault(settings.code_rate, []).extend(weight.matrices)
+    for step in trainee.steps:
+        rate = settings.activation_rate * 2.0 ** (2 - step.step.bits)
+        found.setdefault(rate, []).append(step.factor)
+    return found
 
 
 def _order(calls: Sequence[int], count: int, seed: int) -> list[int]:

@@ -68,10 +68,12 @@ class StepSize:
     Attributes:
         scale: Its initializer, of one element.
         home: Index of the block that all its readers lie in.
+        bits: Of the codes.
     """
 
     scale: ir.Value
     home: int
+    bits: int
 
     @property
     def name(self) -> str:
@@ -155,4 +157,10 @@ def _step_sizes(model: ir.Model, blocks: Sequence[Block]) -> Iterator[StepSize]:
         tensor = constant_of(scale)
         is_one = tensor is not None and tensor.size == 1
         if is_one and quantizes and len(found) == 1 and readers == seen[scale]:
-            yield StepSize(scale, next(iter(found)))
+            yield StepSize(scale, next(iter(found)), min(map(_code_bits, readers)))
+
+
+def _code_bits(node: ir.Node) -> int:
+    """Return the bits of the codes that a QuantizeLinear makes or a DequantizeLinear reads."""
+    codes = node.outputs[0] if is_op(node, "QuantizeLinear") else node.inputs[0]
+    return 8 if codes is None or codes.dtype is None else codes.dtype.bitwidth
