@@ -136,6 +136,7 @@ def make_plan(options: CompileOptions) -> Plan:
     recipe = requested_recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
+    opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
     correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias
@@ -334,16 +335,14 @@ def _drop_slow_regions(plan: Plan) -> DropSlowRegions:
 
 
 def _cast_types(plan: Plan) -> CastTypes:
-    options, data = plan.calibration, plan.data
+    options = plan.calibration or CalibrationOptions("")
     return CastTypes(
         CastTypesOptions(
             plan.recipe.compute_type or ComputeType.FLOAT16,
-            None if data is None else data.samples,
+            None if plan.data is None else plan.data.samples,
             keep_io=not plan.cast_io,
             float32=plan.recipe.float32,
-            memory_budget=CastTypesOptions().memory_budget
-            if options is None
-            else options.memory_budget,
+            memory_budget=options.memory_budget,
             custom_op_libraries=plan.custom_op_libraries,
         )
     )
