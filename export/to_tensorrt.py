@@ -37,17 +37,22 @@ class EngineLibrary:
         module: What is imported.
         title: What messages call it.
         extra: The extra of this package that installs it.
+        names_processors: Whether it builds for processors that are named, rather than for that of
+            the machine.
     """
 
     module: str
     title: str
     extra: str
+    names_processors: bool = False
 
 
 LIBRARIES: Final[Mapping[str, EngineLibrary]] = MappingProxyType(
     {
         "tensorrt": EngineLibrary("tensorrt", "TensorRT", "tensorrt"),
-        "tensorrt-rtx": EngineLibrary("tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx"),
+        "tensorrt-rtx": EngineLibrary(
+            "tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx", names_processors=True
+        ),
     }
 )
 """By the name of the target that builds with it."""

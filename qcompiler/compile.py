@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +33,7 @@ from qcompiler.export.checked_file import refuse_unwritable
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
+from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
@@ -41,7 +41,8 @@ from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
 from qcompiler.passes.lower.cast_types import CastTypes
-from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import Plan, make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
@@ -53,13 +54,16 @@ from qcompiler.report.build import (
     output_checks,
     pass_reports,
     summarize,
+    window_reports,
 )
 from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json, report_json
 from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
-from qcompiler.rewriting.base import PassContext
-from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
+from qcompiler.rewriting.base import PassContext, PassRecord
+from qcompiler.rewriting.manager import PassHook, PassManager
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+from qcompiler.rewriting.work_folder import WorkFolder
+from qcompiler.settings import identity_of, settings_of
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
 
@@ -138,20 +142,22 @@ def compile_model(
     plan = make_plan(options)
     engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace, _engine_workspace(engine) as engine_workspace:
+    with _workspace(target_path) as workspace, ExitStack() as held:
+        engine_workspace = held.enter_context(_engine_workspace(engine))
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
         size, opset = _size_and_opset(path, model)
-        with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
-            plan = with_data(plan, model, digest.result)
-            if engine is not None:
-                engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
-            numerics = _numerics_hook(model, options)
-            hooks = _hooks(plan, options, target_path.parent, numerics)
+        digest = held.enter_context(BackgroundFingerprint(path))
+        plan = with_data(plan, model, digest.result)
+        if engine is not None:
+            engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
+        work = held.enter_context(_work_folder(digest.result, plan, options))
+        numerics = _numerics_hook(model, options)
+        with WeightStore(workspace) as store:
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
-            records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model, records)
+            hooks = _hooks(plan, options, target_path.parent, numerics)
+            model, records = _rewritten(model, plan, PassManager(context, hooks, work), work)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -159,8 +165,8 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
-            source_facts = FileFacts(name, size, digest.result(), opset)
-        inspection = _inspect(model, saved, options, progress)
+        source_facts = FileFacts(name, size, digest.result(), opset)
+        inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
         built = None
@@ -182,10 +188,23 @@ def compile_model(
             built,
             started,
         )
-        result = _publish(saved, target_path, report, _settings(plan, options))
+        result = _publish(saved, target_path, report, settings_of(plan, options))
         if engine is None or built is None:
             return result
         return replace(result, engine_path=_publish_engine(engine, engine_workspace, report))
+
+
+def _rewritten(
+    model: ir.Model, plan: Plan, manager: PassManager, work: WorkFolder | None
+) -> tuple[ir.Model, list[PassRecord]]:
+    """Run the passes, those that a stopped compilation finished excepted."""
+    reached = work.newest() if work else None
+    done: tuple[PassRecord, ...] = ()
+    if reached is not None:
+        model, done = reached.model, reached.records
+    records = manager.run(model, pipeline(plan), done)
+    _require_something_done(model, plan, records)
+    return model, records
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -207,12 +226,15 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
 
 @contextmanager
 def _workspace(output: Path) -> Iterator[Path]:
-    """Make a hidden folder beside the output, so that finished files can be renamed into place."""
+    """Make a hidden folder beside the output, so that finished files can be renamed into place.
+
+    What a run for the same output left there when it was killed is removed.
+    """
     if not output.parent.is_dir():
         message = "the folder does not exist"
         raise UsageError(message, where=str(output.parent), hint="create it first")
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+        folder, held = make_scratch_folder(output.parent, f".qcompile-{output.stem}.")
     except OSError as error:
         message = f"cannot write there: {error.strerror}"
         raise UsageError(message, where=str(output.parent)) from error
@@ -221,6 +243,7 @@ def _workspace(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 @contextmanager
@@ -290,14 +313,19 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model, records: Sequence[PassRecord]) -> None:
-    """Stop when a model has no weight that could be quantized, rather than copy it."""
+def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassRecord]) -> None:
+    """Stop when a model has no weight that could be quantized, rather than copy it.
+
+    Of a model that was quantized already another runtime's form is something to do.
+    """
     if any(record.name == CastTypes.name and record.rewrites for record in records):
         return
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
+    if already and not plan.target.runs_here:
+        return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")
@@ -418,21 +446,21 @@ def _report(
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
         engine=engine,
+        windows=window_reports(records),
     )
 
 
-def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
-    """Return what decides the bytes of the result beside model and recipe."""
-    return {
-        "weight_range": plan.weight_range.value,
-        "never_slower": plan.never_slower,
-        "cast_io": plan.cast_io,
-        "min_output_sqnr": options.min_output_sqnr,
-        "metric": options.metric,
-        "max_metric_drop": options.max_metric_drop,
-        "user_passes": list(options.user_passes),
-        "external_data": options.external_data,
-    }
+@contextmanager
+def _work_folder(
+    source_sha256: Callable[[], str], plan: Plan, options: CompileOptions
+) -> Iterator[WorkFolder | None]:
+    """Hold the folder of intermediate models, if one was named; it is emptied on success."""
+    if options.work_dir is None:
+        yield None
+        return
+    with WorkFolder(options.work_dir, identity_of(source_sha256(), plan, options)) as work:
+        yield work
+        work.finish()
 
 
 def _publish(

@@ -95,9 +95,25 @@ def requested_engine(options: CompileOptions, target: Target) -> EngineRequest |
         able = ", ".join(name for name, each in TARGETS.items() if each.engine)
         message = f"{target.title} takes ONNX models; it has no engines"
         raise UsageError(message, where=str(path), hint=f"targets with engines: {able or 'none'}")
-    chosen = replace(options.engine_options, library=target.engine)
+    chosen = _for_processors(replace(options.engine_options, library=target.engine), target)
     require_library(chosen)
     return EngineRequest(path, chosen, LIBRARIES[chosen.library].title)
+
+
+def _for_processors(chosen: EngineOptions, target: Target) -> EngineOptions:
+    """Return options for the processors that a target names, where none are asked for.
+
+    Raises:
+        UsageError: Others are asked for than the graph is made for.
+    """
+    named = tuple(one.name for one in target.processors)
+    if not target.tuned or not LIBRARIES[chosen.library].names_processors:
+        return chosen
+    others = [name for name in chosen.capabilities if name not in named]
+    if others:
+        message = f"the engine is for {', '.join(others)}, and the graph for {', '.join(named)}"
+        raise UsageError(message, hint=f"leave --sm out, or the processors of {target.name}")
+    return replace(chosen, capabilities=chosen.capabilities or named)
 
 
 def with_profiles(

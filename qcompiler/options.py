@@ -12,6 +12,7 @@ from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.reconstruction import BlockReconstruction
 from qcompiler.quant.scheme import FLOAT, parse_scheme
 from qcompiler.targets.capability import Target
 
@@ -32,6 +33,8 @@ class Reconstruction(StrEnum):
     """Each weight alone, to the nearest code; needs no samples."""
     GPTQ = "gptq"
     """Column by column, so that errors make up for each other in the ops' outputs."""
+    CBQ = "cbq"
+    """Learned over windows of blocks, so that these give what they give in float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class CalibrationOptions:
         observer: How ranges are chosen; None tries each on a few calls and takes the best.
         percentile: For that observer: percent of the values to keep.
         outlier_channels: Channels of one value that may stay in float at most.
+        two_terms_below: An activation of a product gets two terms of codes where the median of its
+            sizes is fewer steps; 0 is never.
         memory_budget: Bytes the process may take while it calibrates.
         statistics: A file that statistics are kept in and reused from.
     """
@@ -53,6 +58,7 @@ class CalibrationOptions:
     observer: Observer | None = None
     percentile: float = DEFAULT_PERCENTILE
     outlier_channels: int = 8
+    two_terms_below: float = 2.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
 
@@ -95,6 +101,7 @@ class CompileOptions:
         correct_bias: Whether the mean error of output channels is taken out of biases; it takes
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
+        blocks: What "cbq" learns, and how.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
@@ -112,6 +119,8 @@ class CompileOptions:
         samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
         seed: Seed of made-up inputs.
         dump_ir: Folder that gets the model after every pass, or None.
+        work_dir: Folder that keeps the newest intermediate model, so that the same compilation goes
+            on there when it was stopped; it is emptied at the end. None keeps nothing.
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
@@ -134,6 +143,7 @@ class CompileOptions:
     equalization: EqualizationOptions | None = None
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
+    blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
     device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None
@@ -147,6 +157,7 @@ class CompileOptions:
     samples: Path | None = None
     seed: int = 0
     dump_ir: Path | None = None
+    work_dir: Path | None = None
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True

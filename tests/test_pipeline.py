@@ -7,7 +7,8 @@ import pytest
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
-from qcompiler.pipeline import PASSES, make_plan, pipeline, with_data
+from qcompiler.pipeline import PASSES, pipeline
+from qcompiler.plan import make_plan, with_data
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
@@ -23,7 +24,7 @@ def names(options: CompileOptions) -> list[str]:
 def test_every_target_lowers_by_its_own_list(target: str) -> None:
     found = names(CompileOptions(target=target))
     after = found[found.index("insert-qdq") + 1 :]
-    assert after == [*TARGETS[target].lowering, "verify-target"]
+    assert after == [*TARGETS[target].intake, *TARGETS[target].lowering, "verify-target"]
 
 
 def test_the_order_is_the_target_s() -> None:

@@ -11,7 +11,7 @@ from qcompiler.ir.dataflow import node_name
 from qcompiler.ir.editing import add_initializer, drop_unused_initializers, fresh_name, value_names
 from qcompiler.ir.provenance import CREATED_BY, OUTLIERS, QUANTIZED_INPUTS, annotate
 from qcompiler.ir.quantizable import Site, find_sites
-from qcompiler.ir.substitution import new_node
+from qcompiler.ir.substitution import add_to_result, new_node
 from qcompiler.ir.weights import WeightStore, read_all
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
@@ -89,8 +89,7 @@ class SplitOutlierChannels(Pass):
         taken: set[str],
     ) -> None:
         node, weight, axis = site.node, site.weight, site.axes.reduction
-        graph, home = node.graph, weight.graph
-        assert isinstance(graph, ir.Graph)
+        home = weight.graph
         assert isinstance(home, ir.Graph)
         values = np.array(read_all(site.tensor))
         rows = np.take(values, channels, axis=axis)
@@ -115,14 +114,13 @@ class SplitOutlierChannels(Pass):
         for use in list(weight.uses()):
             use.node.replace_input_with(use.idx, main)
         drop_unused_initializers([weight])
-        self._add(node, columns, extra, graph, taken)
+        self._add(node, columns, extra, taken)
 
     def _add(
         self,
         node: ir.Node,
         columns: ir.Value,
         extra: ir.Value,
-        graph: ir.Graph,
         taken: set[str],
     ) -> None:
         """Add the float part behind the product, under the name of its result."""
@@ -142,18 +140,7 @@ class SplitOutlierChannels(Pass):
             reason=f"outlier channels of the data of {node_name(node)}, which would coarsen the "
             "scale of all others",
         )
-        inliers = fresh_name(f"{stem}.of_inliers", taken)
-        added = new_node(
-            self.name, "Add", [result, product.outputs[0]], f"{inliers}.joined", dtype=result.dtype
-        )
-        joined = added.outputs[0]
-        joined.shape = result.shape
-        graph.insert_after(node, [product, added])
-        result.replace_all_uses_with(joined, replace_graph_outputs=True)
-        added.replace_input_with(0, result)
-        joined.metadata_props.update(result.metadata_props)
-        result.metadata_props.clear()
-        result.name, joined.name = inliers, stem
+        add_to_result(node, product, fresh_name(f"{stem}.of_inliers", taken))
 
 
 def _is_split(site: Site) -> bool:

@@ -8,6 +8,7 @@ import click
 from qcompiler.cli.engine import engine_options, engine_options_of
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -48,6 +49,12 @@ from qcompiler.cli.options import (
     "--samples", type=MODEL, metavar="NPZ", help="Inputs for --verify numerics; made up if absent."
 )
 @click.option("--dump-ir", type=MODEL, metavar="DIR", help="Write the model after every pass.")
+@click.option(
+    "--work-dir",
+    type=MODEL,
+    metavar="DIR",
+    help="Keep unfinished work there; the same command goes on where it was stopped.",
+)
 @click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
 @click.option(
@@ -89,6 +96,7 @@ def command(
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
         engine_options=engine_options_of(others),
+        blocks=blocks_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

@@ -12,6 +12,7 @@ from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
     from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.quant.reconstruction import BlockReconstruction
 
 MODEL = click.Path(path_type=Path)
 
@@ -25,7 +26,8 @@ DEFAULT_PERCENTILE = 99.99
 _CALIBRATION = (
     *("calibration", "max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
     *("max_tokens", "text_field"),
-    *("observer", "percentile", "outlier_channels", "memory_budget", "statistics", "seed"),
+    *("observer", "percentile", "outlier_channels", "two_terms_below"),
+    *("memory_budget", "statistics", "seed"),
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -131,6 +133,15 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Channels of one activation that may stay in float at most.",
         ),
         click.option(
+            "--two-terms-below",
+            type=click.FloatRange(0),
+            default=2.0,
+            show_default=True,
+            metavar="STEPS",
+            help="Give an activation of a product two terms of codes where its values are "
+            "typically fewer steps large; 0 is never.",
+        ),
+        click.option(
             "--memory-budget",
             default="2GiB",
             show_default=True,
@@ -197,11 +208,27 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--reconstruct",
-            type=click.Choice(["none", "gptq"]),
+            type=click.Choice(["none", "gptq", "cbq"]),
             default="none",
             show_default=True,
-            help="How codes of weights are chosen; gptq takes samples and PyTorch.",
+            help="How codes of weights are chosen; gptq and cbq take samples and PyTorch.",
         ),
+        click.option(
+            "--reconstruct-preset",
+            type=click.Choice(["fast", "default", "best"]),
+            default="default",
+            show_default=True,
+            help="How long cbq learns; fast learns step sizes only.",
+        ),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Blocks in a window.  [default: 2]"
+        ),
+        click.option(
+            "--overlap",
+            type=click.IntRange(min=0),
+            help="Blocks that two windows share.  [default: 1]",
+        ),
+        click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
         click.option(
             "--device",
             default="cpu",
@@ -213,6 +240,19 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def blocks_of(values: dict[str, Any]) -> "BlockReconstruction":
+    """Take what cbq learns out of a command's values: a preset, and what was said beside it."""
+    from dataclasses import replace
+
+    from qcompiler.quant.reconstruction import PRESETS, Preset
+
+    blocks = PRESETS[Preset(values.pop("reconstruct_preset"))]
+    said = {name: values.pop(name) for name in ("window", "overlap", "steps")}
+    if said["window"] is not None and said["overlap"] is None:
+        said["overlap"] = min(blocks.overlap, said["window"] - 1)
+    return replace(blocks, **{name: value for name, value in said.items() if value is not None})
 
 
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
@@ -289,6 +329,7 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
+        two_terms_below=taken["two_terms_below"],
         memory_budget=budget,
         statistics=taken["statistics"],
     )

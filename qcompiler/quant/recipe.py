@@ -15,6 +15,7 @@ block = "0-3,7"               # block indices, from 0
 between = ["x", "y"]          # nodes on a path from value x to value y
 scheme = "w4a16:b128"         # or "float"
 reason = "lm_head is sensitive"   # optional, reaches the report
+origin = "sensitivity"        # optional: who made the rule; "rule 1" when absent
 
 [[float32]]                   # with a compute_type: ops that keep float32; selectors as above
 op_type = "Softmax"
@@ -55,7 +56,7 @@ _RECIPE_KEYS = (
     *("rule", "float32"),
 )
 _SELECTOR_KEYS = ("name", "op_type", "block", "between")
-_RULE_KEYS = (*_SELECTOR_KEYS, "scheme", "reason")
+_RULE_KEYS = (*_SELECTOR_KEYS, "scheme", "reason", "origin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +213,10 @@ class Recipe:
             lines.append("correct_bias = false")
         if self.compute_type is not None:
             lines.append(f"compute_type = {_quote(self.compute_type.value)}")
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules, start=1):
             lines += ["", "[[rule]]", *_rule_lines(rule)]
+            if rule.origin != _numbered(number):
+                lines.append(f"origin = {_quote(rule.origin)}")
         for selector in self.float32:
             lines += ["", "[[float32]]", *_selector_lines(selector)]
         return "\n".join(lines) + "\n"
@@ -235,7 +238,12 @@ def _rule(table: Mapping[str, Any], number: int, where: str) -> Rule:
             hint="give it name, op_type, block or between; for all other nodes set default",
         )
     reason = _string(table, "reason", place)
-    return Rule(selector, _scheme(scheme, place), reason, f"rule {number}")
+    origin = _string(table, "origin", place) or _numbered(number)
+    return Rule(selector, _scheme(scheme, place), reason, origin)
+
+
+def _numbered(number: int) -> str:
+    return f"rule {number}"
 
 
 def _island(table: Mapping[str, Any], place: str) -> Selector:

@@ -1,10 +1,7 @@
 """Makes a report from the finished graph and what the passes recorded."""
 
 import math
-import resource
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -14,6 +11,7 @@ from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
+from qcompiler.execution.peak_memory import peak_memory
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import COMPUTE_TYPE, OBSERVER, facts_of, origins_of
 from qcompiler.report.compute_types import TypeCounts, compute_type_of
@@ -25,8 +23,10 @@ from qcompiler.report.records import (
     QualityReport,
     SkipReport,
     Summary,
+    WindowReport,
 )
-from qcompiler.rewriting.manager import PassRecord
+from qcompiler.rewriting.base import PassRecord
+from qcompiler.rewriting.window_record import WindowRewrite
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
@@ -195,6 +195,25 @@ def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
     )
 
 
+def window_reports(records: Iterable[PassRecord]) -> tuple[WindowReport, ...]:
+    """Return what became of windows, in order."""
+    rewrites = [rewrite for record in records for rewrite in record.rewrites]
+    return tuple(
+        WindowReport(
+            window.node,
+            _finite(window.loss_before),
+            _finite(window.loss_after),
+            window.kept,
+            window.codes,
+            window.flipped,
+            round(window.seconds, 3),
+            window.peak_bytes,
+        )
+        for window in rewrites
+        if isinstance(window, WindowRewrite)
+    )
+
+
 def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:
     """Turn numeric comparisons into the report's; an unchanged output has no SQNR."""
     return tuple(
@@ -247,17 +266,3 @@ def summarize(
 def _bits(nodes: Sequence[NodeReport]) -> float:
     elements = sum(node.elements for node in nodes)
     return round(8 * sum(node.bytes_after for node in nodes) / elements, 3) if elements else 0.0
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process, in bytes.
-
-    Linux keeps it in VmHWM; `getrusage` there also counts what the parent held before `exec`.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qcompiler.errors import UsageError
 from qcompiler.report.records import (
@@ -23,8 +23,11 @@ from qcompiler.report.records import (
     SkipReport,
     Summary,
     UnplannedWeight,
+    WindowReport,
 )
 
+_MANIFEST: Final = "qcompiler-manifest"
+_MANIFEST_VERSION: Final = 1
 _VERSIONS = (
     "qcompiler",
     "numpy",
@@ -33,6 +36,7 @@ _VERSIONS = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "torch",
 )
 
 
@@ -77,6 +81,7 @@ def _report(content: dict[str, Any]) -> Report:
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "engine": _engine(content.get("engine")),
+            "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
         }
     )
 
@@ -86,6 +91,51 @@ def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
         return None
     outputs = tuple(QualityReport(**entry) for entry in content["outputs"])
     return CalibrationReport(**{**content, "outputs": outputs})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a compilation was made of, and what it made.
+
+    Attributes:
+        input: The source model.
+        output: The compiled model.
+        target: Name of the target.
+        recipe: As TOML.
+        settings: What was in force beside the recipe.
+        versions: Installed versions by package.
+    """
+
+    input: FileFacts
+    output: FileFacts
+    target: str
+    recipe: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest back.
+
+    Raises:
+        UsageError: No manifest, or one of a schema version this compiler does not know.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != _MANIFEST or content["schema_version"] != _MANIFEST_VERSION:
+            message = f"is not a {_MANIFEST} of version {_MANIFEST_VERSION}"
+            raise UsageError(message, where=str(path))
+        return Manifest(
+            FileFacts(**content["input"]),
+            FileFacts(**content["output"]),
+            str(content["target"]),
+            str(content["recipe"]),
+            dict(content["settings"]),
+            dict(content["versions"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        message = f"cannot be read as a manifest: {error}"
+        raise UsageError(message, where=str(path)) from error
 
 
 def _engine(content: dict[str, Any] | None) -> EngineReport | None:
@@ -106,17 +156,22 @@ def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
         settings: What was in force beside the recipe, defaults included: plain JSON values.
     """
     content = {
-        "schema": "qcompiler-manifest",
-        "schema_version": 1,
+        "schema": _MANIFEST,
+        "schema_version": _MANIFEST_VERSION,
         "input": asdict(report.source),
         "output": asdict(report.output),
         "target": report.target,
         "recipe": report.recipe,
         "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
         "settings": dict(settings),
-        "versions": {name: package_version(name) for name in _VERSIONS},
+        "versions": package_versions(),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each package that results depend on."""
+    return {name: package_version(name) for name in _VERSIONS}
 
 
 def package_version(package: str) -> str:

@@ -119,6 +119,31 @@ class PassReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowReport:
+    """What became of a window of blocks that was reconstructed.
+
+    Attributes:
+        blocks: What its blocks are called.
+        loss_before: Loss on held-out calls with the codes it began with.
+        loss_after: The same with what was learned.
+        kept: Whether that was better, and kept.
+        codes: Codes of all its weights.
+        flipped: How many are others than at the start.
+        seconds: Wall time.
+        peak_bytes: Peak memory of the device, of the process on a CPU.
+    """
+
+    blocks: str
+    loss_before: float | None
+    loss_after: float | None
+    kept: bool
+    codes: int
+    flipped: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class OutputCheck:
     """How a pass changed one output (`--verify numerics`).
 
@@ -294,5 +319,6 @@ class Report:
     runtime: str | None
     calibration: CalibrationReport | None = None
     engine: EngineReport | None = None
+    windows: tuple[WindowReport, ...] = ()
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

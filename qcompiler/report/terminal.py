@@ -192,6 +192,12 @@ def _totals(report: Report) -> Iterator[str]:
             f"sample, {summary.latency_ratio:.2f} of float's time; regions: "
             f"{_regions(report.nodes)}"
         )
+    if report.windows:
+        kept = [window for window in report.windows if window.kept]
+        yield (
+            f"{len(kept)} of {len(report.windows)} windows nearer to float than they were; "
+            f"{sum(w.seconds for w in report.windows):.0f} s"
+        )
     yield f"{summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"
     yield _slowest(report)
 

@@ -67,6 +67,27 @@ class PassResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did, as the report shows it.
+
+    Attributes:
+        name: The pass.
+        stage: The stage the model was at afterwards.
+        numerics: What the pass declares about outputs.
+        seconds: Time in the pass itself, verification excluded.
+        rewrites: What it changed.
+        skips: What it refused, with reasons.
+    """
+
+    name: str
+    stage: Stage
+    numerics: Numerics
+    seconds: float
+    rewrites: tuple[Rewrite, ...]
+    skips: tuple[Skip, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PassContext:
     """What a pass may use beside the model.
 

@@ -1,5 +1,7 @@
 """Asking a target about a weight of a graph."""
 
+from math import prod
+
 from qcompiler.ir.quantizable import Site
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.scheme import QScheme
@@ -39,4 +41,14 @@ def request_for(
         tied=tied,
         left=site.left,
         in_body=in_body,
+        rows=_rows(site),
     )
+
+
+def _rows(site: Site) -> int | None:
+    """Return by how many rows of data the weight is multiplied, None where shapes are open."""
+    shape = site.node.outputs[0].shape
+    if site.row.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose") or shape is None:
+        return None
+    sizes = [size for size in shape if isinstance(size, int)]
+    return prod(sizes) // max(1, site.outputs) if len(sizes) == len(shape) else None

@@ -80,6 +80,7 @@ def compile_calibrated(
     recipe: Recipe | None = None,
     exclude: tuple[str, ...] = (),
     as_given: bool = False,
+    two_terms_below: float = 2.0,
 ) -> Calibrated:
     """Compile a model with min-max ranges of one call, and run it on that call.
 
@@ -91,9 +92,12 @@ def compile_calibrated(
         exclude: Nodes that stay in float.
         as_given: Whether weights and biases are quantized as they are: neither equalized nor
             corrected.
+        two_terms_below: Activations of typically fewer steps get two terms.
     """
     np.savez(folder / "call.npz", **dict[str, Any](feeds))
-    calibration = CalibrationOptions(str(folder / "call.npz"), observer=Observer.MIN_MAX)
+    calibration = CalibrationOptions(
+        str(folder / "call.npz"), observer=Observer.MIN_MAX, two_terms_below=two_terms_below
+    )
     options = CompileOptions(
         recipe=recipe,
         exclude=exclude,

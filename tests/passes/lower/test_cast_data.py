@@ -20,7 +20,8 @@ from qcompiler.options import CompileOptions
 from qcompiler.passes.lower import cast_constants, cast_types
 from qcompiler.passes.lower.cast_measure import Extremes
 from qcompiler.passes.lower.cast_types import CastTypes, CastTypesOptions
-from qcompiler.pipeline import make_plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import make_plan
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.selector import Selector
 from qcompiler.rewriting.base import PassContext
