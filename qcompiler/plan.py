@@ -109,6 +109,7 @@ def make_plan(options: CompileOptions) -> Plan:
     recipe = requested_recipe(options, target)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
+    opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
     correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias

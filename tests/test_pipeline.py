@@ -60,6 +60,11 @@ def test_opset_of_a_scheme(scheme: str, opset: int) -> None:
     assert make_plan(CompileOptions(scheme=scheme)).opset == opset
 
 
+def test_bfloat16_takes_the_opset_in_which_convolutions_have_it() -> None:
+    assert make_plan(CompileOptions(scheme="bfloat16")).opset == 22
+    assert make_plan(CompileOptions(scheme="float16")).opset == 21
+
+
 def passes_with_samples(never_slower: bool | None) -> list[str]:
     options = CompileOptions(calibration="random", never_slower=never_slower)
     model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")

@@ -15,6 +15,11 @@ class ComputeType(StrEnum):
         return self.name
 
     @property
+    def opset(self) -> int:
+        """The opset from which on convolutions, pooling and recurrent ops take the type."""
+        return 1 if self is ComputeType.FLOAT16 else 22
+
+    @property
     def largest(self) -> float:
         """The largest finite number: 65504 or 3.39e38."""
         return 65504.0 if self is ComputeType.FLOAT16 else (2 - 2.0**-7) * 2.0**127

@@ -49,7 +49,8 @@ def type_warnings(model: ir.Model, *, runs_here: bool) -> tuple[str, ...]:
     if counts.compute_type is None:
         return ()
     if not counts.narrow:
-        return (f"no op computes in {counts.compute_type}: the model has no float32 for it",)
+        why = "its reasons are with each op" if counts.wide else "the model has no float32 for it"
+        return (f"no op computes in {counts.compute_type}: {why}",)
     if runs_here and has_bfloat16(model):
         return (
             "ONNX Runtime has no bfloat16 kernels on a CPU, so what it would run was not looked "

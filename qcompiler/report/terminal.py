@@ -10,7 +10,6 @@ from rich.table import Table
 
 from qcompiler.errors import printable
 from qcompiler.report.records import (
-    CalibrationReport,
     EngineReport,
     NodeReport,
     PassReport,
@@ -52,7 +51,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in (*_calibration(report.calibration), *_engine(report.engine)):
+    for line in (*_calibration(report), *_engine(report.engine)):
         console.print(escape(line), highlight=False)
     for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
@@ -63,15 +62,17 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
-def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
+def _calibration(report: Report) -> Iterator[str]:
+    calibration, compute = report.calibration, report.summary.compute_type
     if calibration is None:
         return
+    how_else = "" if compute is None else f"values rounded to {compute} and "
     how = f"calibrated by {calibration.observer}" if calibration.observer else "outputs compared"
     yield f"{how} on {calibration.source}"
     for output in calibration.outputs:
         yield (
             f"output {output.name}: {_native(output)}, "
-            f"{_db(output.emulated_db)} with Q/DQ computed in float"
+            f"{_db(output.emulated_db)} with {how_else}Q/DQ computed in float"
         )
 
 

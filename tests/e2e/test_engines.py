@@ -16,12 +16,10 @@ from qcompiler.cli.main import main
 from qcompiler.export.tensorrt_profiles import ShapeRange
 from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.report.files import read_report
-from qcompiler.targets.capability import Target
-from tests.support.engine_target import engine_target
 from tests.support.fake_tensorrt import Does, library
 from tests.support.graphs import build, random_array
 
-__all__ = ["engine_target", "library"]
+__all__ = ["library"]
 
 Compile = Callable[..., CompileResult]
 Run = Callable[..., tuple[int, str, str]]
@@ -39,11 +37,11 @@ def net(name: str = "x") -> ir.Model:
 
 
 @pytest.fixture
-def compiled(tmp_path: Path, engine_target: Target) -> Compile:
+def compiled(tmp_path: Path) -> Compile:
     np.savez(tmp_path / "calls.npz", x=random_array(8, 256, seed=3))
 
     def run(output: str = "o.engine", **options: Any) -> CompileResult:
-        options = {"scheme": "w8a16", "inspect_kernels": False, **options}
+        options = {"target": "tensorrt-rtx", "scheme": "w8a16", **options}
         folder = tmp_path / "out"
         folder.mkdir(exist_ok=True)
         return compile_model(net(), CompileOptions(**options), output=folder / output)
@@ -88,17 +86,16 @@ def test_an_engine_lies_beside_its_graph(compiled: Compile, library: Does) -> No
     assert manifest["library"] == {"name": "tensorrt-rtx", "version": "9.9"}
 
 
-def test_weights_that_are_not_there_are_listed(
-    run: Run, tmp_path: Path, engine_target: Target, library: Does
-) -> None:
+def test_weights_that_are_not_there_are_listed(run: Run, tmp_path: Path, library: Does) -> None:
     library(log=[[2, "be careful"]])
     ir.save(net(), tmp_path / "m.onnx")
     plain = (tmp_path / "m.onnx", "--profile", "x:1x256", "-o", tmp_path / "m.engine")
-    assert run(*plain, "--no-inspect")[0] == 0
+    rtx = ("--target", "tensorrt-rtx")
+    assert run(*plain, *rtx)[0] == 0
     assert (tmp_path / "m.lowered.onnx").exists()
     status, out, _ = run(
         *(tmp_path / "m.onnx", "--scheme", "w8a16", "--profile", "x:1x256..2x256..8x256"),
-        *("--engine", tmp_path / "deep.plan", "-o", tmp_path / "o.onnx", "--no-inspect"),
+        *("--engine", tmp_path / "deep.plan", "-o", tmp_path / "o.onnx", *rtx),
         *("--sm", "8.6", "--builder-flag", "refit", "--workspace", "1MiB"),
     )
     assert status == 0
