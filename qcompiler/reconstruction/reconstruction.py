@@ -48,8 +48,8 @@ def reconstruct_model(
 
     Raises:
         ModelError: No gradient passes through a window.
-        UsageError: The device cannot be used, memory does not suffice for one call, windows do
-            not move on, or the disk is full.
+        UsageError: The device cannot be used, memory does not suffice for one call, or the disk
+            is full.
     """
     with (
         ValueCache(store.directory, run.memory // 2) as cache,
