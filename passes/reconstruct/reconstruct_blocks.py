@@ -64,8 +64,9 @@ class ReconstructBlocks(Pass):
     Raises (from `run`):
         ModelError: What an op multiplies holds NaN or infinity on a sample, or no gradient passes
             through a window.
-        UsageError: PyTorch is not installed (from the constructor), the device cannot be used,
-            windows would not move on, the checkpoint is of something else, or the disk is full.
+        UsageError: PyTorch is not installed (from the constructor), the device cannot be used, one
+            call takes more memory than there is, the checkpoint is of something else, or the disk
+            is full.
     """
 
     name: ClassVar[str] = RULE

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from qcompiler.errors import UsageError
+
 
 class Start(StrEnum):
     """Which codes learning starts from."""
@@ -100,6 +102,17 @@ class BlockReconstruction:
     regularizer: float = 0.01
     compute: Compute = Compute.FLOAT32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse windows that do not move on.
+
+        Raises:
+            UsageError: The overlap is as large as the window.
+        """
+        if self.window < 1 or not 0 <= self.overlap < self.window:
+            message = f"windows of {self.window} blocks cannot overlap by {self.overlap}"
+            hint = "choose an overlap from 0 to the window less one"
+            raise UsageError(message, hint=hint)
 
 
 PRESETS: Final[Mapping[Preset, BlockReconstruction]] = {

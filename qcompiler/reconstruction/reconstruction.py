@@ -17,7 +17,7 @@ from qcompiler.reconstruction.value_cache import ValueCache
 from qcompiler.reconstruction.window_making import ReconstructionRun, WindowMaker
 from qcompiler.reconstruction.window_training import improves
 from qcompiler.reconstruction.windows import Window, cut_windows
-from qcompiler.reconstruction.writing import note_quality, put_array, put_contents
+from qcompiler.reconstruction.writing import note_quality, put_contents, put_step
 from qcompiler.rewriting.base import Rewrite, Skip
 from qcompiler.rewriting.window_record import WindowRewrite
 
@@ -48,8 +48,8 @@ def reconstruct_model(
 
     Raises:
         ModelError: No gradient passes through a window.
-        UsageError: The device cannot be used, memory does not suffice for one call, windows do
-            not move on, or the disk is full.
+        UsageError: The device cannot be used, memory does not suffice for one call, or the disk
+            is full.
     """
     with (
         ValueCache(store.directory, run.memory // 2) as cache,
@@ -137,7 +137,7 @@ class _Reconstruction:
                 put_contents(weight, parts, self._store)
                 note_quality(weight)
             for step in self._places.step_sizes(window.left):
-                put_array(step.scale, arrays[f"step {step.name}"], self._store)
+                put_step(step.scale, arrays[f"step {step.name}"], self._store)
         if found:
             self._take_up(self._windows[len(found) - 1], self._checkpoint.carried(len(found) - 1))
         return found
@@ -201,7 +201,7 @@ class _Reconstruction:
             written |= {f"{key}.{part}": array for part, array in parts.items()}
         for step in self._places.step_sizes(window.left):
             array = self._maker.forget_step(step).value().detach().cpu().numpy()
-            put_array(step.scale, array, self._store)
+            put_step(step.scale, array, self._store)
             written[f"step {step.name}"] = array
         if self._checkpoint is not None:
             carried = {

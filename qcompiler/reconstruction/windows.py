@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.errors import UsageError
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.dataflow import constant_of, is_op
 from qcompiler.ir.subgraph import subgraph_between
@@ -45,12 +44,12 @@ def cut_windows(first: int, last: int, size: int, overlap: int) -> list[Window]:
     There are `ceil((L - size) / (size - overlap)) + 1` of them, one if `size >= L`; the last may
     hold fewer blocks.
 
-    Raises:
-        UsageError: A window would not move on.
+    Args:
+        first: Index of the first block.
+        last: Index of the last one.
+        size: Blocks in a window, at least 1.
+        overlap: Blocks that a window shares with the one before, fewer than `size`.
     """
-    if size < 1 or not 0 <= overlap < size:
-        message = f"windows of {size} blocks cannot overlap by {overlap}"
-        raise UsageError(message, hint="choose an overlap from 0 to the window less one")
     windows: list[Window] = []
     start = first
     while start <= last:

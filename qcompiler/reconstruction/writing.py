@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.ir.provenance import PRODUCT_SQNR, SQNR, annotate
+from qcompiler.ir.provenance import PRODUCT_SQNR, RANGE, SQNR, annotate
 from qcompiler.ir.weights import WeightStore, read_all
 from qcompiler.quant.ranges import sqnr_db
 from qcompiler.reconstruction.starting_point import CodedWeight
@@ -55,6 +55,19 @@ def put_array(value: ir.Value, array: Array, store: WeightStore) -> None:
     if array.dtype == np.float32:
         array = array.astype(old.dtype.numpy())
     value.const_value = store.put(value.name or "", array.reshape(shape), old.dtype)
+
+
+def put_step(scale: ir.Value, array: Array, store: WeightStore) -> None:
+    """Put a learned step size of an activation into its initializer, and its range on its value."""
+    old = scale.const_value
+    assert old is not None
+    ratio = float(array.reshape(-1)[0]) / float(read_all(old).astype(np.float32).reshape(-1)[0])
+    for use in scale.uses():
+        value = use.node.inputs[0]
+        if value is not None and RANGE in value.metadata_props:
+            limits = json.loads(value.metadata_props[RANGE])
+            value.metadata_props[RANGE] = json.dumps([limit * ratio for limit in limits])
+    put_array(scale, array, store)
 
 
 def note_quality(weight: CodedWeight) -> None:

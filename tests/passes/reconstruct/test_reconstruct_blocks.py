@@ -314,11 +314,6 @@ def test_quality_is_that_of_the_new_codes(tmp_path: Path) -> None:
     assert float(facts["weight_sqnr_db"]) == pytest.approx(quality, abs=1e-3)
 
 
-def test_windows_that_do_not_move_on_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="windows of 2 blocks cannot overlap by 2"):
-        run_pass(reconstructing(token_calls(2), replace(QUICK, overlap=2)), _planned(), tmp_path)
-
-
 def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     rewrite = reconstructing(token_calls(3), replace(QUICK, steps=2))
     assert_idempotent(rewrite, _planned(layers=2), tmp_path)

@@ -1,5 +1,6 @@
 """Convolutions and the step sizes of their activations, learned over windows."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_step_sizes_of_activations_are_learned(tmp_path: Path) -> None:
         assert after.shape == before.shape
         assert after != before
         assert 0.75 * before <= after
+        value = node_named(model, {"x": "one", "r": "two", "s": "deep"}[name[0]]).inputs[0]
+        while value is not None and RANGE not in value.metadata_props:
+            node = value.producer()
+            assert node is not None
+            value = node.inputs[0]
+        assert value is not None
+        low, high = json.loads(value.metadata_props[RANGE])
+        assert (high - low) / 255 == pytest.approx(float(after), rel=1e-5)
     # Kernels without VNNI saturate on codes that were moved.
     for name in ("w1", "w2", "w3"):
         np.testing.assert_array_equal(
