@@ -13,9 +13,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.artefacts import CompileResult
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
-    from qcompiler.compile import CompileResult, compile_model
+    from qcompiler.compile import compile_model
     from qcompiler.errors import (
         InternalError,
         ModelError,
@@ -59,7 +60,7 @@ __all__ = [
 _HOME = {
     "CalibrationOptions": "qcompiler.options",
     "CompileOptions": "qcompiler.options",
-    "CompileResult": "qcompiler.compile",
+    "CompileResult": "qcompiler.artefacts",
     "ComputeType": "qcompiler.quant.compute_type",
     "EngineOptions": "qcompiler.export.to_tensorrt",
     "Observer": "qcompiler.calibration.observers",

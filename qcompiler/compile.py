@@ -1,25 +1,29 @@
 """The compilation, top to bottom: load, rewrite, write, look at what the runtime makes of it."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.artefacts import (
+    CompileResult,
+    engine_workspace_for,
+    publish,
+    publish_engine,
+    workspace_for,
+)
 from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.engine import (
-    EngineRequest,
     build_and_check,
-    engine_manifest,
     engine_warnings,
     requested_engine,
     with_named_engine,
@@ -29,15 +33,15 @@ from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.execution.narrow_floats import has_bfloat16
-from qcompiler.export.checked_file import refuse_unwritable
+from qcompiler.gate.check import require_judgeable, run_gate
+from qcompiler.gate.setting import Candidate, GateOptions
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
-from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
-from qcompiler.ir.tensor_sites import tensor_sites
+from qcompiler.ir.stored_size import stored_bytes
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
 from qcompiler.passes.lower.cast_types import CastTypes
@@ -57,8 +61,9 @@ from qcompiler.report.build import (
     window_reports,
 )
 from qcompiler.report.compute_types import type_counts, type_warnings
-from qcompiler.report.files import manifest_json, report_json
+from qcompiler.report.files import manifest_json
 from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
+from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
 from qcompiler.rewriting.base import PassContext, PassRecord
 from qcompiler.rewriting.manager import PassHook, PassManager
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
@@ -66,31 +71,6 @@ from qcompiler.rewriting.work_folder import WorkFolder
 from qcompiler.settings import identity_of, settings_of
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
-
-
-@dataclass(frozen=True, slots=True)
-class CompileResult:
-    """What a compilation made.
-
-    Attributes:
-        path: The compiled model.
-        data_path: Its external data file, None when weights are inside the model.
-        report_path: The report, JSON (docs/report-schema.md).
-        manifest_path: Hashes, versions and options; identical for identical compilations.
-        report: The report, as an object.
-        engine_path: The engine, None where none was asked for; its manifest lies beside it.
-    """
-
-    path: Path
-    data_path: Path | None
-    report_path: Path
-    manifest_path: Path
-    report: Report
-    engine_path: Path | None = None
-
-    def model(self) -> ir.Model:
-        """Load the compiled model, lazily."""
-        return load_model(self.path)
 
 
 def default_output(source: Path, plan: Plan) -> Path:
@@ -131,6 +111,7 @@ def compile_model(
         ModelError: The model is malformed, or there is nothing in it to compile.
         TargetError: The runtime cannot load the result, or no engine can be built from it.
         ParityError: `verify="numerics"` found a pass that changes what it must not.
+        GateFailedError: A bound of the gate does not hold.
         InternalError: A pass is defective; a reproducer is kept beside the output.
 
     Either all files are written or none; a killed run leaves nothing.
@@ -142,12 +123,14 @@ def compile_model(
     plan = make_plan(options)
     engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace, ExitStack() as held:
-        engine_workspace = held.enter_context(_engine_workspace(engine))
+    with workspace_for(target_path) as workspace, ExitStack() as held:
+        engine_workspace = held.enter_context(engine_workspace_for(engine))
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
-        size, opset = _size_and_opset(path, model)
+        size, opset = stored_bytes(path, model), standard_opset(model)
+        if plan.gate is not None:
+            require_judgeable(plan.gate, model, _gate_options(plan, options))
         digest = held.enter_context(BackgroundFingerprint(path))
         plan = with_data(plan, model, digest.result)
         if engine is not None:
@@ -188,10 +171,12 @@ def compile_model(
             built,
             started,
         )
-        result = _publish(saved, target_path, report, settings_of(plan, options))
+        verdict = _judged(plan, options, path, saved, progress)
+        manifest = _manifest(plan, options, report, verdict)
+        result = replace(publish(saved, target_path, report, manifest), verdict=verdict)
         if engine is None or built is None:
             return result
-        return replace(result, engine_path=_publish_engine(engine, engine_workspace, report))
+        return replace(result, engine_path=publish_engine(engine, engine_workspace, report))
 
 
 def _rewritten(
@@ -224,54 +209,6 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
     return path
 
 
-@contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """Make a hidden folder beside the output, so that finished files can be renamed into place.
-
-    What a run for the same output left there when it was killed is removed.
-    """
-    if not output.parent.is_dir():
-        message = "the folder does not exist"
-        raise UsageError(message, where=str(output.parent), hint="create it first")
-    try:
-        folder, held = make_scratch_folder(output.parent, f".qcompile-{output.stem}.")
-    except OSError as error:
-        message = f"cannot write there: {error.strerror}"
-        raise UsageError(message, where=str(output.parent)) from error
-    try:
-        (folder / "out").mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
-
-
-@contextmanager
-def _engine_workspace(engine: EngineRequest | None) -> Iterator[Path]:
-    """Make a folder for an engine beside where it goes; no folder where there is none."""
-    if engine is None:
-        yield Path()
-        return
-    refuse_unwritable(engine.path)
-    with _workspace(engine.path) as folder:
-        yield folder
-
-
-def _publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Path:
-    """Write the manifest of an engine, and rename both into place."""
-    made = workspace / "out" / engine.path.name
-    manifest = made.with_name(engine.manifest_path.name)
-    assert report.engine is not None
-    try:
-        manifest.write_text(engine_manifest(engine, report.engine, report.output), encoding="utf-8")
-        manifest.replace(engine.manifest_path)
-        made.replace(engine.path)
-    except OSError as error:
-        message = f"cannot write the engine: {error.strerror}"
-        raise UsageError(message, where=str(engine.path)) from error
-    return engine.path
-
-
 def _source_file(
     source: Path | str | ir.Model, workspace: Path, progress: Progress
 ) -> tuple[Path, str]:
@@ -280,13 +217,6 @@ def _source_file(
         path = save_model(source, workspace / "source.onnx", progress=progress).path
         return path, source.graph.name or "model"
     return Path(source), Path(source).name
-
-
-def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
-    tensors = (site.tensor for site in tensor_sites(model))
-    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    size = path.stat().st_size + sum(file.stat().st_size for file in files)
-    return size, standard_opset(model)
 
 
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
@@ -463,23 +393,41 @@ def _work_folder(
         work.finish()
 
 
-def _publish(
-    saved: SavedModel, path: Path, report: Report, settings: dict[str, object]
-) -> CompileResult:
-    """Write report and manifest beside the finished model, and rename all of it into place."""
-    folder = saved.path.parent
-    report_path = path.with_suffix(".report.json")
-    manifest_path = path.with_suffix(".manifest.json")
-    data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
-    texts = {report_path: report_json(report), manifest_path: manifest_json(report, settings)}
-    try:
-        for final, text in texts.items():
-            (folder / final.name).write_text(text, encoding="utf-8")
-        # The model goes last: whoever sees it finds everything it needs.
-        finished = [report_path, manifest_path, path]
-        for final in finished if data_path is None else [data_path, *finished]:
-            (folder / final.name).replace(final)
-    except OSError as error:
-        message = f"cannot write the result: {error.strerror}"
-        raise UsageError(message, where=str(path)) from error
-    return CompileResult(path, data_path, report_path, manifest_path, report)
+def _gate_options(plan: Plan, options: CompileOptions) -> GateOptions:
+    return GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries)
+
+
+def _judged(
+    plan: Plan, options: CompileOptions, source: Path, saved: SavedModel, progress: Progress
+) -> Verdict | None:
+    """Hold the result against the gate, if there is one.
+
+    Raises:
+        GateFailedError: A bound does not hold.
+    """
+    if plan.gate is None:
+        return None
+    candidate = Candidate(saved.path, saved.path.name)
+    if plan.data is not None:
+        samples = plan.data.samples
+        candidate = replace(
+            candidate,
+            calibrated=samples.input_statistics(),
+            calibration_sha256=samples.fingerprint(),
+        )
+    verdict = run_gate(
+        source, candidate, plan.gate, _gate_options(plan, options), progress=progress
+    )
+    if not verdict.passed:
+        raise GateFailedError(verdict)
+    return verdict
+
+
+def _manifest(plan: Plan, options: CompileOptions, report: Report, verdict: Verdict | None) -> str:
+    inputs = {} if plan.data is None else plan.data.samples.input_statistics()
+    return manifest_json(
+        report,
+        settings_of(plan, options),
+        {name: entry.to_table() for name, entry in inputs.items()},
+        None if verdict is None else lasting_figures(verdict),
+    )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
 from qcompiler.errors import UsageError
@@ -129,6 +130,9 @@ class CompileOptions:
         engine_options: How it is built. Its library is the target's; shapes that its profile does
             not give come from the samples.
         workers: Threads for quantizing; None is the number of processors.
+        gate: What the result must keep to be written, over what the recipe says; None leaves it to
+            the recipe. Without data of its own it is judged on the samples of calibration.
+        gate_samples: How the gate's data is read.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
     """
 
@@ -165,6 +169,8 @@ class CompileOptions:
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     workers: int | None = None
     memory_limit: int = 64 << 20
+    gate: Gate | None = None
+    gate_samples: SampleOptions = field(default_factory=SampleOptions)
 
 
 def requested_recipe(options: CompileOptions, target: Target) -> Recipe:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
@@ -69,6 +70,7 @@ class Plan:
         measurements: The file that latencies are kept in, or None.
         threads: Threads of one operator when latency is measured, None for the runtime's own.
         cast_io: Whether inputs and outputs get the type that is computed in.
+        gate: What the result must keep, or None; it decides no byte of it, and is not in `recipe`.
     """
 
     target: Target
@@ -91,6 +93,7 @@ class Plan:
     measurements: Path | None = None
     threads: int | None = None
     cast_io: bool = False
+    gate: Gate | None = None
 
     @property
     def quantizing(self) -> bool:
@@ -107,6 +110,8 @@ def make_plan(options: CompileOptions) -> Plan:
     """
     target = find_target(options.target)
     recipe = requested_recipe(options, target)
+    gate = _gate(options, recipe)
+    recipe = replace(recipe, gate=None)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
@@ -153,7 +158,16 @@ def make_plan(options: CompileOptions) -> Plan:
         measurements=options.measurements,
         threads=options.threads,
         cast_io=options.cast_io,
+        gate=gate,
     )
+
+
+def _gate(options: CompileOptions, recipe: Recipe) -> Gate | None:
+    gate = options.gate if recipe.gate is None else recipe.gate.merged(options.gate)
+    if gate is None or gate.data is not None or options.calibration is None:
+        return gate
+    calibration = options.calibration
+    return replace(gate, data=calibration if isinstance(calibration, str) else calibration.source)
 
 
 def _calibration(

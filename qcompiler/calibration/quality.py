@@ -177,7 +177,7 @@ class Reference:
                     each[name].reshape(-1, each[name].shape[-1])[::step]
                     for each in (outputs, found)
                 )
-                sums[name] += _divergence(wide, other, meaning)
+                sums[name] += float(row_divergences(wide, other, meaning).sum())
                 rows[name] += len(wide)
         each = [sums[name] / max(1, rows[name]) for name in sums]
         return max(each) if np.isfinite(each).all() else np.inf
@@ -188,7 +188,7 @@ class Reference:
         for feeds, outputs in self._calls:
             found = session.run(session.fitting(feeds) | setting)
             for name, values in outputs.items():
-                if _is_float(values):
+                if is_float(values):
                     energy = _energy(values.astype(np.float64))
                     signal[name] = signal.get(name, 0.0) + energy
                     noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
@@ -209,7 +209,7 @@ def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energie
     """Add what the source model returns, and how far the others are: the emulated one is last."""
     reference, *others = (session.run(session.fitting(feeds)) for session in sessions)
     for name, values in reference.items():
-        if not _is_float(values):
+        if not is_float(values):
             continue
         entry = energies.setdefault(name, _Energies())
         entry.signal += _energy(values.astype(np.float64))
@@ -217,22 +217,35 @@ def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energie
         entry.emulated += _distance(values, others[-1][name])
 
 
-def _divergence(truth: npt.NDArray[Any], other: npt.NDArray[Any], meaning: Meaning) -> float:
-    """Return the divergence of distributions from true ones, in nats, summed over rows."""
+def row_divergences(
+    truth: npt.NDArray[Any], other: npt.NDArray[Any], meaning: Meaning
+) -> npt.NDArray[np.float64]:
+    """Return how far distributions along the last axis diverge from true ones, in nats.
+
+    Args:
+        truth: The true ones, `[..., classes]`.
+        other: Those that stand for them, of the same shape.
+        meaning: What both hold.
+
+    Returns:
+        The Kullback-Leibler divergence of each row, `[...]`.
+    """
     wide, close = truth.astype(np.float64), other.astype(np.float64)
     if meaning is Meaning.PROBABILITIES:
         logs = [np.log(np.maximum(each, SMALLEST_PROBABILITY)) for each in (wide, close)]
     else:
-        logs = [_log_softmax(each) for each in (wide, close)]
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
+        logs = [log_softmax(each) for each in (wide, close)]
+    return np.asarray((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1))
 
 
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the logarithms of the probabilities along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def _is_float(values: npt.NDArray[Any]) -> bool:
+def is_float(values: npt.NDArray[Any]) -> bool:
+    """Whether an array holds floating-point numbers."""
     return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
 
 

@@ -1,11 +1,13 @@
 """`qcompile MODEL`: compile a model and show what was done."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qcompiler.cli.engine import engine_options, engine_options_of
+from qcompiler.cli.gate_options import gate_options, publish_verdict
 from qcompiler.cli.options import (
     MODEL,
     blocks_of,
@@ -16,6 +18,7 @@ from qcompiler.cli.options import (
     latency_options,
     plan_options,
     reconstruction_options,
+    samples_of,
 )
 
 
@@ -38,6 +41,7 @@ from qcompiler.cli.options import (
     "--metric", metavar="MODULE:FUNCTION", help="The same by a measure of yours, higher is better."
 )
 @click.option("--max-metric-drop", type=float, help="What --metric may lose against float.")
+@gate_options
 @click.option(
     "--verify",
     type=click.Choice(["structure", "numerics"]),
@@ -78,16 +82,26 @@ def command(
     weight_range: str | None,
     verify: str,
     custom_ops: tuple[Path, ...],
+    gate: tuple[str, ...],
+    junit: Path | None,
+    json: Path | None,
+    markdown: Path | None,
     **others: Any,
 ) -> None:
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
+    from qcompiler.bounds import gate_from_texts
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report
+    from qcompiler.report.verdict import GateFailedError
 
+    publish = partial(
+        publish_verdict, junit=junit, json=json, markdown=markdown, err=report == "json"
+    )
+    gate_samples = samples_of(others)
     seed = others["seed"]
     calibration = calibration_of(others)
     options = CompileOptions(
@@ -101,10 +115,18 @@ def command(
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),
         custom_op_libraries=custom_ops,
+        gate=gate_from_texts(gate),
+        gate_samples=gate_samples,
         **others,
     )
-    with terminal_progress() as progress:
-        result = compile_model(model, options, output=output, progress=progress)
+    try:
+        with terminal_progress() as progress:
+            result = compile_model(model, options, output=output, progress=progress)
+    except GateFailedError as failure:
+        publish(failure.verdict)
+        raise
+    if result.verdict is not None:
+        publish(result.verdict)
     if report == "json":
         click.echo(report_json(result.report), nl=False)
         return

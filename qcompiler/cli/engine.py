@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcompiler.cli.options import MODEL, Decorator, parse_size
+from qcompiler.byte_sizes import parse_size
+from qcompiler.cli.options import MODEL, Decorator
 
 if TYPE_CHECKING:
     from qcompiler.export.to_tensorrt import EngineOptions

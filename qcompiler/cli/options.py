@@ -1,16 +1,16 @@
 """Options that several commands share."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcompiler.errors import UsageError
+from qcompiler.byte_sizes import parse_size
 from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
+    from qcompiler.calibration.calls import SampleOptions
     from qcompiler.options import CalibrationOptions, EqualizationOptions
     from qcompiler.quant.reconstruction import BlockReconstruction
 
@@ -28,6 +28,11 @@ _CALIBRATION = (
     *("max_tokens", "text_field"),
     *("observer", "percentile", "outlier_channels", "two_terms_below"),
     *("memory_budget", "statistics", "seed"),
+)
+
+_SAMPLES = (
+    *("max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
+    *("max_tokens", "text_field", "seed"),
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -88,10 +93,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where samples are and how ranges are found."""
-    decorators: list[Decorator] = [
-        click.option("--calibration", metavar="DATA", help=SOURCE_HELP),
+def _sample_options() -> list[Decorator]:
+    """Return the options that say how samples are read."""
+    return [
         click.option(
             "--max-samples", type=click.IntRange(min=1), help="Use at most so many.  [default: all]"
         ),
@@ -111,6 +115,26 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--text-field", default="text", show_default=True, help="Field of .jsonl lines."
         ),
         click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file."),
+    ]
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where samples are that a model is judged on."""
+    decorators: list[Decorator] = [
+        click.option("--data", metavar="DATA", help=SOURCE_HELP),
+        *_sample_options(),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of random samples."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where samples are and how ranges are found."""
+    decorators: list[Decorator] = [
+        click.option("--calibration", metavar="DATA", help=SOURCE_HELP),
+        *_sample_options(),
         click.option(
             "--observer",
             type=click.Choice(["auto", "min-max", "percentile", "mse", "entropy"]),
@@ -300,13 +324,19 @@ def latency_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def samples_of(values: dict[str, Any]) -> "SampleOptions":
+    """Return how samples are read, by the values of a command."""
+    from qcompiler.calibration.calls import SampleOptions
+
+    return SampleOptions(**{name: values[name] for name in _SAMPLES})
+
+
 def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
     """Take the values of `calibration_options` out of a command's, and make one object of them.
 
     Raises:
         UsageError: A value cannot be used, or belongs to samples and there are none.
     """
-    from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
     from qcompiler.options import CalibrationOptions
 
@@ -316,16 +346,7 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         return None
     return CalibrationOptions(
         source=taken["calibration"],
-        samples=SampleOptions(
-            max_samples=taken["max_samples"],
-            batch_size=taken["batch_size"],
-            seed=taken["seed"],
-            tokenizer=taken["tokenizer"],
-            sequence_length=taken["sequence_length"],
-            max_tokens=taken["max_tokens"],
-            text_field=taken["text_field"],
-            image_spec=taken["image_spec"],
-        ),
+        samples=samples_of(taken),
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
@@ -333,18 +354,3 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         memory_budget=budget,
         statistics=taken["statistics"],
     )
-
-
-def parse_size(text: str) -> int:
-    """Read a number of bytes such as "512MiB", "2GB" or "1000000".
-
-    Raises:
-        UsageError: It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        message = f"{text!r} is no size"
-        raise UsageError(message, hint="write it like 512MiB or 2GB")
-    number, prefix, binary = match.groups()
-    power = " KMGT".index(prefix.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)

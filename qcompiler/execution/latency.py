@@ -78,6 +78,27 @@ def compare_latency(
     Raises:
         TargetError: ONNX Runtime cannot load or run one of them.
     """
+    return summarized(
+        time_models(models, feeds, budget, threads=threads, custom_op_libraries=custom_op_libraries)
+    )
+
+
+def time_models(
+    models: Sequence[Path | ir.Model],
+    feeds: dict[str, Array],
+    budget: Budget,
+    *,
+    threads: int | None = None,
+    custom_op_libraries: Sequence[Path] = (),
+) -> list[list[float]]:
+    """Load models and run them in turns; arguments are those of `compare_latency`.
+
+    Returns:
+        The seconds of each model, one row a round.
+
+    Raises:
+        TargetError: ONNX Runtime cannot load or run one of them.
+    """
     with ExitStack() as stack:
         sessions = [
             stack.enter_context(
@@ -91,9 +112,7 @@ def compare_latency(
             )
             for model in models
         ]
-        return summarized(
-            run_in_turns([partial(s.run, s.fitting(feeds)) for s in sessions], budget)
-        )
+        return run_in_turns([partial(s.run, s.fitting(feeds)) for s in sessions], budget)
     raise AssertionError  # an ExitStack swallows nothing here
 
 

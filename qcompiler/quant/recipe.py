@@ -19,6 +19,8 @@ origin = "sensitivity"        # optional: who made the rule; "rule 1" when absen
 
 [[float32]]                   # with a compute_type: ops that keep float32; selectors as above
 op_type = "Softmax"
+[gate]                        # what the result must keep: see `qcompiler.bounds`
+min_sqnr = 20
 ```
 
 A rule has a scheme and at least one selector. Names, op types, blocks and values are looked up in
@@ -33,6 +35,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qcompiler.bounds import Gate, gate_from_table
 from qcompiler.errors import UsageError
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod
@@ -53,7 +56,7 @@ _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
 _RECIPE_KEYS = (
     *("version", "default", "weight_range", "equalize", "correct_bias", "compute_type"),
-    *("rule", "float32"),
+    *("rule", "float32", "gate"),
 )
 _SELECTOR_KEYS = ("name", "op_type", "block", "between")
 _RULE_KEYS = (*_SELECTOR_KEYS, "scheme", "reason", "origin")
@@ -93,6 +96,7 @@ class Recipe:
         correct_bias: Whether mean errors are taken out of biases where there are samples.
         compute_type: The 16-bit type that floats are cast to; None leaves those of the model.
         float32: Ops that stay in float32 all the same.
+        gate: What the result must keep, or None.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -102,6 +106,7 @@ class Recipe:
     correct_bias: bool = True
     compute_type: ComputeType | None = None
     float32: tuple[Selector, ...] = ()
+    gate: Gate | None = None
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -199,6 +204,7 @@ class Recipe:
                 _island(island, f"{where}: float32 {number}")
                 for number, island in enumerate(islands, start=1)
             ),
+            _gate(table, where),
         )
         return _with_type(found, where)
 
@@ -219,6 +225,8 @@ class Recipe:
                 lines.append(f"origin = {_quote(rule.origin)}")
         for selector in self.float32:
             lines += ["", "[[float32]]", *_selector_lines(selector)]
+        if self.gate is not None:
+            lines += _table_lines("gate", self.gate.to_table())
         return "\n".join(lines) + "\n"
 
 
@@ -357,6 +365,28 @@ def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None
         return None
     found = _choice(table, "equalize", EqualizationMethod, where)
     return EqualizationMethod.AUTO if found is None else found
+
+
+def _gate(table: Mapping[str, Any], where: str) -> Gate | None:
+    found = table.get("gate")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        message = "'gate' is not a table"
+        raise UsageError(message, where=where, hint="write [gate]")
+    return gate_from_table(found, f"{where}: gate")
+
+
+def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of texts, numbers and tables of these."""
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = ["", f"[{name}]"] if len(inner) < len(table) or not table else []
+    for key, value in table.items():
+        if key not in inner:
+            lines.append(f"{key} = {_quote(value) if isinstance(value, str) else repr(value)}")
+    for key, value in inner.items():
+        lines += _table_lines(f"{name}.{_quote(key)}", value)
+    return lines
 
 
 def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from qcompiler.execution.peak_memory import peak_memory
+from qcompiler.execution.process_memory import peak_memory
 
 
 def forget_peak(device: torch.device) -> None:

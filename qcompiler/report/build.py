@@ -11,7 +11,7 @@ from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
-from qcompiler.execution.peak_memory import peak_memory
+from qcompiler.execution.process_memory import peak_memory
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import COMPUTE_TYPE, OBSERVER, facts_of, origins_of
 from qcompiler.report.compute_types import TypeCounts, compute_type_of

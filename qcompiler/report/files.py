@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -104,6 +104,8 @@ class Manifest:
         recipe: As TOML.
         settings: What was in force beside the recipe.
         versions: Installed versions by package.
+        inputs: What calibration saw of float inputs, by name (`InputStatistics`).
+        gate: What a gate measured when it was compiled, without times; empty without one.
     """
 
     input: FileFacts
@@ -112,6 +114,8 @@ class Manifest:
     recipe: str
     settings: dict[str, Any]
     versions: dict[str, str]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -132,6 +136,8 @@ def read_manifest(path: Path) -> Manifest:
             str(content["recipe"]),
             dict(content["settings"]),
             dict(content["versions"]),
+            dict(content.get("inputs") or {}),
+            dict(content.get("gate") or {}),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         message = f"cannot be read as a manifest: {error}"
@@ -146,7 +152,12 @@ def _engine(content: dict[str, Any] | None) -> EngineReport | None:
     return EngineReport(**{**content, **lists, "other": other})
 
 
-def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
+def manifest_json(
+    report: Report,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, object] | None = None,
+    gate: Mapping[str, object] | None = None,
+) -> str:
     """Return the manifest: what went in, what came out, and with what.
 
     It holds no time and no path, so that two equal compilations give equal manifests.
@@ -154,6 +165,8 @@ def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
     Args:
         report: The report of the compilation.
         settings: What was in force beside the recipe, defaults included: plain JSON values.
+        inputs: What calibration saw of float inputs, the same.
+        gate: What a gate measured, the same.
     """
     content = {
         "schema": _MANIFEST,
@@ -164,6 +177,8 @@ def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
         "recipe": report.recipe,
         "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
         "settings": dict(settings),
+        "inputs": dict(inputs or {}),
+        "gate": dict(gate or {}),
         "versions": package_versions(),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

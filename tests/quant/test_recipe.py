@@ -146,7 +146,7 @@ FAULTS = {
     "version = 1\ndefalt = 'w8a16'": "unknown key 'defalt' (did you mean 'default'?)",
     "version = 1\nzzz = 1": (
         "unknown key 'zzz' (known: version, default, weight_range, equalize, correct_bias, "
-        "compute_type, rule, float32)"
+        "compute_type, rule, float32, gate)"
     ),
     "version = 1\ndefault = 8": "r.toml: 'default' is 8, not a string",
     "version = 1\ndefault = 'w9'": "r.toml: default: 'w9' is not a scheme (forms: ",
