@@ -103,6 +103,13 @@ def test_commands_of_the_guide_run(workplace: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_python_of_the_guide_runs(workplace: Path) -> None:
+    (text,) = _blocks("python")
+    (workplace / "gate.py").write_text(text)
+    done = _run(f'"{sys.executable}" gate.py', workplace)
+    assert done.stdout == "True []\n", done.stderr
+
+
 def test_the_recipe_of_the_guide_is_a_gate(workplace: Path) -> None:
     (text,) = _blocks("toml")
     (workplace / "gate.toml").write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler.bounds import Gate
-from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.calls import Samples, counted
 from qcompiler.calibration.estimates import Estimate
 from qcompiler.calibration.input_statistics import InputShift, input_shift
 from qcompiler.calibration.samples import open_samples
@@ -24,7 +24,7 @@ from qcompiler.gate.judge import (
     task_findings,
 )
 from qcompiler.gate.release import open_release
-from qcompiler.gate.setting import Candidate, GateOptions, Opened, Setting, opened
+from qcompiler.gate.setting import Candidate, GateOptions, Opened, Setting, candidate_at, opened
 from qcompiler.gate.suspects import Evidence, find_suspects
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.report.build import node_reports, summarize
@@ -37,7 +37,7 @@ _FEW = 30
 
 def run_gate(
     base: Path,
-    candidate: Candidate,
+    candidate: Candidate | Path,
     gate: Gate,
     options: GateOptions | None = None,
     *,
@@ -47,7 +47,7 @@ def run_gate(
 
     Args:
         base: The float model.
-        candidate: The model made of it.
+        candidate: The model made of it; a path is read with the manifest beside it, if any.
         gate: What it must keep.
         options: How that is measured.
         progress: Where long work shows how far it is; None is silent.
@@ -57,6 +57,8 @@ def run_gate(
         ModelError: A model is malformed, or the two do not fit together.
         TargetError: ONNX Runtime cannot run one of them.
     """
+    if isinstance(candidate, Path):
+        candidate = candidate_at(candidate)
     setting = _open(base, candidate, gate, options or GateOptions(), progress or SilentProgress())
     base_scores, figures = measure_outputs(
         setting.base.path,
@@ -211,7 +213,9 @@ def _warnings(
         found.append("judged on made-up random inputs, which says nothing about real data")
     counts = [entry.samples for entry in now.values() if entry.samples]
     if counts and max(counts) < _FEW:
-        found.append(f"{max(counts)} samples are few: every figure of accuracy is uncertain")
+        found.append(
+            f"{counted(max(counts), 'sample')}: too few for any figure of accuracy to be certain"
+        )
     return tuple(found)
 
 

@@ -55,9 +55,14 @@ def output_findings(setting: Setting, fidelity: Fidelity) -> Iterator[Finding]:
             judged_outputs += 1
             yield judged(bound, name, estimate(output), limit, unit, at_least=at_least)
         if getattr(setting.gate.outputs, bound) is not None and not judged_outputs:
-            message = f"{bound} needs an output that is known to be a distribution, and none is"
-            hint = f"name one: output.NAME.{bound}=..."
-            raise UsageError(message, where="gate", hint=hint)
+            raise _nothing_to_judge(bound, fidelity)
+
+
+def _nothing_to_judge(bound: str, fidelity: Fidelity) -> UsageError:
+    if not fidelity.outputs:
+        return UsageError(f"{bound}: no output holds floats", where="gate")
+    message = f"{bound} needs an output that is known to be a distribution, and none is"
+    return UsageError(message, where="gate", hint=f"name one: output.NAME.{bound}=...")
 
 
 def task_findings(setting: Setting, base: Scores | None, now: Scores | None) -> Iterator[Finding]:

@@ -43,8 +43,13 @@ class NodeError:
 
     @property
     def added(self) -> float:
-        """What the node added, and what lies between."""
-        return max(0.0, self.error - self.before)
+        """What the node added, and what lies between.
+
+        The growth of the error, times its share that is new: products let errors grow that were
+        there before, and where nearly nothing was, the node made it.
+        """
+        growth = max(0.0, self.error - self.before)
+        return growth * growth / self.error if growth else 0.0
 
 
 def node_errors(

@@ -87,7 +87,7 @@ def test_few_samples_say_what_they_cannot_see(files: Files, tmp_path: Path) -> N
     assert finding.status is Status.PASSED
     assert finding.certain is False
     assert "4 samples show differences of 53 points and more" in finding.sentence
-    assert verdict.warnings == ("4 samples are few: every figure of accuracy is uncertain",)
+    assert verdict.warnings == ("4 samples: too few for any figure of accuracy to be certain",)
 
 
 def test_a_corrupted_layer_is_the_first_node(files: Files) -> None:
@@ -237,3 +237,19 @@ def test_outputs_that_are_no_distributions_have_to_be_named(files: Files, tmp_pa
     with pytest.raises(UsageError, match="known to be a distribution"):
         _check(plain, tmp_path / "y.onnx", "max-kl=0.1")
     assert _check(plain, tmp_path / "y.onnx", "output.y.max-kl=0.1").passed
+
+
+def test_outputs_without_floats_have_no_fidelity(files: Files, tmp_path: Path) -> None:
+    model = build("m (float[b, 16] x) => (int64[b] y) { y = ArgMax<axis=1, keepdims=0>(x) }")
+    ir.save(model, tmp_path / "ids.onnx")
+    plain = replace(files, base=tmp_path / "ids.onnx")
+    with pytest.raises(UsageError, match="min_sqnr: no output holds floats"):
+        _check(plain, tmp_path / "ids.onnx", "min-sqnr=3")
+
+
+def test_the_samples_of_calibration_are_noticed(files: Files) -> None:
+    seen = replace(files, data=files.base.with_name("calibration.npz"))
+    verdict = _check(seen, files.good, "min-sqnr=3")
+    assert verdict.warnings == (
+        "judged on the samples it was calibrated on: others will come out worse",
+    )
