@@ -13,10 +13,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.artefacts import CompileResult
     from qcompiler.bounds import Gate, OutputBounds, Tolerances
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
-    from qcompiler.compile import CompileResult, compile_model
+    from qcompiler.compile import compile_model
     from qcompiler.errors import (
         InternalError,
         ModelError,
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
+    from qcompiler.export.to_tensorrt import EngineOptions
     from qcompiler.gate.check import run_gate
     from qcompiler.gate.setting import GateOptions
     from qcompiler.options import CalibrationOptions, CompileOptions, Verification
+    from qcompiler.quant.compute_type import ComputeType
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.recipe import Recipe, Rule
     from qcompiler.quant.selector import Selector
@@ -39,6 +42,8 @@ __all__ = [
     "CalibrationOptions",
     "CompileOptions",
     "CompileResult",
+    "ComputeType",
+    "EngineOptions",
     "Gate",
     "GateFailedError",
     "GateOptions",
@@ -66,7 +71,9 @@ __all__ = [
 _HOME = {
     "CalibrationOptions": "qcompiler.options",
     "CompileOptions": "qcompiler.options",
-    "CompileResult": "qcompiler.compile",
+    "CompileResult": "qcompiler.artefacts",
+    "ComputeType": "qcompiler.quant.compute_type",
+    "EngineOptions": "qcompiler.export.to_tensorrt",
     "Gate": "qcompiler.bounds",
     "GateFailedError": "qcompiler.report.verdict",
     "GateOptions": "qcompiler.gate.setting",

@@ -11,7 +11,7 @@ from qcompiler.errors import UsageError
 from qcompiler.ir.fingerprint import fingerprint
 from qcompiler.ir.load import load_model
 from qcompiler.options import CalibrationOptions, CompileOptions
-from qcompiler.pipeline import make_plan, with_data
+from qcompiler.plan import make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.recipe import Recipe
 from qcompiler.report.files import Manifest, package_versions, read_manifest

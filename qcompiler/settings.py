@@ -1,7 +1,8 @@
 """What decides the bytes of a compilation beside model, target and recipe, as plain JSON values."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from enum import StrEnum
 from typing import Any, Final
 
 from qcompiler.calibration.calls import SampleOptions
@@ -12,10 +13,18 @@ from qcompiler.options import (
     EqualizationOptions,
     Reconstruction,
 )
-from qcompiler.pipeline import Plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import Plan
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.reconstruction import (
+    BlockReconstruction,
+    Compute,
+    Learned,
+    Rounding,
+    Start,
+)
 from qcompiler.report.files import package_versions
 
 _PLAIN: Final = ("min_output_sqnr", "metric", "max_metric_drop", "external_data", "device")
@@ -23,6 +32,12 @@ _SAMPLING: Final = (
     *("max_samples", "batch_size", "seed", "symbolic_size"),
     *("sequence_length", "max_tokens", "text_field"),
 )
+_BLOCK_CHOICES: Final[Mapping[str, type[StrEnum]]] = {
+    "start": Start,
+    "learned": Learned,
+    "rounding": Rounding,
+    "compute": Compute,
+}
 _CALIBRATING: Final = ("percentile", "outlier_channels", "two_terms_below", "memory_budget")
 
 
@@ -41,7 +56,9 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
             "insert_mul": equalization.insert_mul.value,
         },
         "correct_bias": plan.correct_bias,
+        "cast_io": plan.cast_io,
         "reconstruct": plan.reconstruct.value,
+        "blocks": asdict(plan.blocks) if plan.reconstruct is Reconstruction.CBQ else None,
         "never_slower": plan.never_slower,
         "measurements": plan.measurements is not None,
         "user_passes": list(options.user_passes),
@@ -90,12 +107,21 @@ def options_from(
             InsertMul(equalization["insert_mul"]),
         ),
         correct_bias=settings["correct_bias"],
+        cast_io=settings["cast_io"],
         reconstruct=Reconstruction(settings["reconstruct"]),
+        blocks=_blocks_from(settings["blocks"]),
         weight_range=RangeMethod(settings["weight_range"]),
         never_slower=settings["never_slower"],
         user_passes=tuple(settings["user_passes"]),
         **{name: settings[name] for name in _PLAIN},
     )
+
+
+def _blocks_from(settings: Mapping[str, Any] | None) -> BlockReconstruction:
+    if settings is None:
+        return BlockReconstruction()
+    chosen = {name: kind(settings[name]) for name, kind in _BLOCK_CHOICES.items()}
+    return BlockReconstruction(**{**settings, **chosen})
 
 
 def _calibrated_as(where: CalibrationOptions, settings: Mapping[str, Any]) -> CalibrationOptions:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.coarseness import median_magnitude
 from qcompiler.calibration.collect import collect_statistics
 from qcompiler.calibration.grid_error import grid_of
 from qcompiler.calibration.observers import (
@@ -41,7 +42,6 @@ from qcompiler.ir.provenance import (
 )
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.quantize.observer_trial import try_ranges
-from qcompiler.quant.qtype import QType
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
@@ -225,7 +225,12 @@ class Calibrate(Pass):
             return
         qtype, symmetric = quantizer_of(value)
         found = _inliers(value, statistics)
-        if _typical_steps(found, qtype, symmetric=symmetric) < self.options.two_terms_below:
+        if found.histogram is None:
+            return
+        low, high = min(found.minimum, 0.0), max(found.maximum, 0.0)
+        step = grid_of(low, high, qtype, symmetric=symmetric).scale
+        size = median_magnitude(found.histogram.centers, found.histogram.counts)
+        if size < self.options.two_terms_below * step:
             value.metadata_props[TERMS] = "2"
             value.metadata_props.pop(OUTLIERS, None)
 
@@ -261,24 +266,6 @@ class Calibrate(Pass):
                 annotate(value, **{ACTIVATION_SQNR.removeprefix("qcompiler."): quality})
                 clause += f", {quality:.1f} dB"
         return clause
-
-
-def _typical_steps(found: TensorStatistics, qtype: QType, *, symmetric: bool) -> float:
-    """Return how many steps of a scale that covers all values their median is large.
-
-    Zeros, which every scale represents exactly, do not count; inf where there is nothing else.
-    """
-    histogram = found.histogram
-    if histogram is None:
-        return math.inf
-    size = np.abs(histogram.centers)
-    order = np.argsort(size)
-    below = np.cumsum(np.where(size > 0, histogram.counts, 0)[order])
-    if below[-1] == 0:
-        return math.inf
-    median = size[order][np.searchsorted(below, below[-1] / 2)]
-    low, high = min(found.minimum, 0.0), max(found.maximum, 0.0)
-    return float(median) / grid_of(low, high, qtype, symmetric=symmetric).scale
 
 
 def _quantized_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from qcompiler.cli.engine import engine_options, engine_options_of
 from qcompiler.cli.gate_options import gate_options, publish_verdict
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -28,6 +30,7 @@ from qcompiler.cli.options import (
 @equalization_options
 @reconstruction_options
 @latency_options
+@engine_options
 @click.option(
     "--min-output-sqnr",
     type=float,
@@ -106,6 +109,8 @@ def command(
         calibration=calibration,
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        engine_options=engine_options_of(others),
+        blocks=blocks_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),

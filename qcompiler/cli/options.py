@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompiler.byte_sizes import parse_size
+from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.quant.reconstruction import BlockReconstruction
 
 MODEL = click.Path(path_type=Path)
 
@@ -36,10 +38,33 @@ _SAMPLES = (
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def _compute_type(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> ComputeType | None:
+    return None if value is None else ComputeType(value)
+
+
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that decide which site gets which scheme."""
     decorators: list[Decorator] = [
         click.option("--scheme", metavar="S", help="Scheme of every site; see --list schemes."),
+        click.option(
+            "--compute-type",
+            type=click.Choice([member.value for member in ComputeType]),
+            callback=_compute_type,
+            help="Cast what is left in float to 16 bits, but for what they would spoil.",
+        ),
+        click.option(
+            "--float32",
+            metavar="PATTERN",
+            multiple=True,
+            help="With it, keep these nodes in float32: a glob, or /regex/. Repeatable.",
+        ),
+        click.option(
+            "--cast-io/--keep-io",
+            default=False,
+            help="With it, cast inputs and outputs as well.  [default: keep-io]",
+        ),
         click.option(
             "--recipe", metavar="FILE", type=MODEL, help="TOML rules: which site, which scheme."
         ),
@@ -207,11 +232,27 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--reconstruct",
-            type=click.Choice(["none", "gptq"]),
+            type=click.Choice(["none", "gptq", "cbq"]),
             default="none",
             show_default=True,
-            help="How codes of weights are chosen; gptq takes samples and PyTorch.",
+            help="How codes of weights are chosen; gptq and cbq take samples and PyTorch.",
         ),
+        click.option(
+            "--reconstruct-preset",
+            type=click.Choice(["fast", "default", "best"]),
+            default="default",
+            show_default=True,
+            help="How long cbq learns; fast learns step sizes only.",
+        ),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Blocks in a window.  [default: 2]"
+        ),
+        click.option(
+            "--overlap",
+            type=click.IntRange(min=0),
+            help="Blocks that two windows share.  [default: 1]",
+        ),
+        click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
         click.option(
             "--device",
             default="cpu",
@@ -223,6 +264,19 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def blocks_of(values: dict[str, Any]) -> "BlockReconstruction":
+    """Take what cbq learns out of a command's values: a preset, and what was said beside it."""
+    from dataclasses import replace
+
+    from qcompiler.quant.reconstruction import PRESETS, Preset
+
+    blocks = PRESETS[Preset(values.pop("reconstruct_preset"))]
+    said = {name: values.pop(name) for name in ("window", "overlap", "steps")}
+    if said["window"] is not None and said["overlap"] is None:
+        said["overlap"] = min(blocks.overlap, said["window"] - 1)
+    return replace(blocks, **{name: value for name, value in said.items() if value is not None})
 
 
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":

@@ -70,7 +70,7 @@ def compare_latency(
 
     Args:
         models: The models; the first is what the others are compared with.
-        feeds: A value for every input of all of them.
+        feeds: A value for every input of all of them; floats are cast to the types they take.
         budget: How long to measure.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
@@ -112,7 +112,7 @@ def time_models(
             )
             for model in models
         ]
-        return run_in_turns([partial(s.run, feeds) for s in sessions], budget)
+        return run_in_turns([partial(s.run, s.fitting(feeds)) for s in sessions], budget)
     raise AssertionError  # an ExitStack swallows nothing here
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.granularity import Granularity
 from qcompiler.quant.qtype import QType, qtype_of
 
@@ -148,6 +149,9 @@ def parse_scheme(text: str) -> QScheme | None:
     if text == FLOAT:
         return None
     match = _PATTERN.fullmatch(text)
+    if text in set(ComputeType):
+        message = f"{text} is a type for the whole model, not a scheme of one op"
+        raise UsageError(message, hint=f'write "{FLOAT}", and compute_type = "{text}" beside it')
     if match is None:
         message = f"{text!r} is not a scheme"
         raise UsageError(

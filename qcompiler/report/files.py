@@ -13,6 +13,7 @@ from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
     CalibrationReport,
+    EngineReport,
     FileFacts,
     NodeReport,
     OutputCheck,
@@ -21,6 +22,8 @@ from qcompiler.report.records import (
     Report,
     SkipReport,
     Summary,
+    UnplannedWeight,
+    WindowReport,
 )
 
 _MANIFEST: Final = "qcompiler-manifest"
@@ -77,6 +80,8 @@ def _report(content: dict[str, Any]) -> Report:
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
+            "engine": _engine(content.get("engine")),
+            "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
         }
     )
 
@@ -137,6 +142,14 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, TypeError, KeyError) as error:
         message = f"cannot be read as a manifest: {error}"
         raise UsageError(message, where=str(path)) from error
+
+
+def _engine(content: dict[str, Any] | None) -> EngineReport | None:
+    if content is None:
+        return None
+    lists = {name: tuple(content[name]) for name in ("capabilities", "warnings")}
+    other = tuple(UnplannedWeight(**entry) for entry in content["other"])
+    return EngineReport(**{**content, **lists, "other": other})
 
 
 def manifest_json(

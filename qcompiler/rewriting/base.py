@@ -120,6 +120,7 @@ class Pass(ABC):
             that is computed in, and no pass can do better.
         written_by_user: Whether the code is not ours. ONNX's checker judges what it made at once,
             so that no later pass is blamed, and its faults are usage errors, not defects.
+        retypes_signature: Whether float inputs and outputs of the model may get another float type.
         options: What the pass was made with, for reproducers; None where it takes nothing.
     """
 
@@ -129,6 +130,7 @@ class Pass(ABC):
     numerics: ClassVar[Numerics]
     tolerance: ClassVar[float | None] = None
     written_by_user: ClassVar[bool] = False
+    retypes_signature: bool = False
     options: object | None = None
 
     @property

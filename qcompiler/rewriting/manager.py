@@ -91,7 +91,12 @@ class PassManager:
         with self._context.progress.task("passes", len(passes)) as advance:
             advance(len(done))
             for rewrite in passes[len(done) :]:
-                records.append(self._run_one(model, rewrite, signature))
+                if rewrite.retypes_signature:
+                    kept = Signature.of(model, any_float=True)
+                    records.append(self._run_one(model, rewrite, kept))
+                    signature = Signature.of(model)
+                else:
+                    records.append(self._run_one(model, rewrite, signature))
                 if self._work is not None:
                     self._work.keep(model, records)
                 advance(1)

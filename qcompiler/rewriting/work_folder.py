@@ -23,12 +23,14 @@ from qcompiler.ir.weights import constant_bytes, disk_errors
 from qcompiler.progress import SilentProgress
 from qcompiler.rewriting.base import Numerics, PassRecord, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
+from qcompiler.rewriting.window_record import WindowRewrite
 
 _SCHEMA: Final = "qcompiler-work"
 _SCHEMA_VERSION: Final = 1
 _HEAD: Final = "work.json"
 _MODEL: Final = "model.onnx"
 _RECORDS: Final = "passes.json"
+_WINDOWS: Final = "windows"
 _UNFINISHED: Final = ".unfinished-"
 _BYTES_PER_SECOND: Final = 200e6
 _SAVING_SHARE: Final = 0.1
@@ -52,12 +54,18 @@ class Checkpoint:
     records: tuple[PassRecord, ...]
 
 
+def windows_in(directory: Path) -> Path:
+    """Return where in a work folder `reconstruct-blocks` keeps the windows it has finished."""
+    return directory / _WINDOWS
+
+
 class WorkFolder:
     """A folder that one compilation keeps its newest intermediate model in.
 
     It holds `work.json`, which says whose it is, and one folder a checkpoint, such as
-    `12-calibrate`, which gets that name when it is complete and on disk. A context manager; one
-    process at a time can hold it.
+    `012-calibrate`, which gets that name when it is complete and on disk. A pass that takes hours
+    keeps its own parts beside them (`windows_in`). A context manager; one process at a time can
+    hold it.
 
     Args:
         directory: The folder; it is made if it is missing.
@@ -128,7 +136,7 @@ class WorkFolder:
 
     def finish(self) -> None:
         """Remove what was kept: the result is where it belongs."""
-        for folder in self._checkpoints():
+        for folder in (*self._checkpoints(), windows_in(self.directory)):
             shutil.rmtree(folder, ignore_errors=True)
         (self.directory / _HEAD).unlink(missing_ok=True)
         if not any(self.directory.iterdir()):
@@ -243,6 +251,10 @@ def _record(content: Mapping[str, Any]) -> PassRecord:
         Stage(content["stage"]),
         Numerics(content["numerics"]),
         content["seconds"],
-        tuple(Rewrite(**entry) for entry in content["rewrites"]),
+        tuple(map(_rewrite, content["rewrites"])),
         tuple(Skip(**entry) for entry in content["skips"]),
     )
+
+
+def _rewrite(content: Mapping[str, Any]) -> Rewrite:
+    return WindowRewrite(**content) if "window" in content else Rewrite(**content)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from qcompiler.artefacts import CompileResult
 from qcompiler.calibration.observers import Observer
-from qcompiler.compile import CompileResult, compile_model
+from qcompiler.compile import compile_model
 from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
 from qcompiler.quant.ranges import sqnr_db
 from qcompiler.quant.recipe import Recipe

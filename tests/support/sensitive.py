@@ -11,7 +11,8 @@ from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.observers import Observer
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
-from qcompiler.pipeline import CalibrationData, Plan, make_plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import CalibrationData, Plan, make_plan
 from qcompiler.rewriting.base import PassContext
 from tests.support.graphs import build, random_array
 

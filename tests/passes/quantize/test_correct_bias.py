@@ -18,13 +18,8 @@ from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.quantize.bias_twins import Twins
 from qcompiler.passes.quantize.insert_qdq import InsertQdq
-from qcompiler.pipeline import (
-    CalibrationData,
-    make_plan,
-    pass_named,
-    pipeline,
-    quantizing_passes,
-)
+from qcompiler.pipeline import pass_named, pipeline, quantizing_passes
+from qcompiler.plan import CalibrationData, make_plan
 from qcompiler.rewriting.base import PassContext, PassResult
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
 from tests.support.bias_models import (
