@@ -394,7 +394,8 @@ def _work_folder(
 
 
 def _gate_options(plan: Plan, options: CompileOptions) -> GateOptions:
-    return GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries)
+    native = plan.target.runs_here
+    return GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries, native)
 
 
 def _judged(

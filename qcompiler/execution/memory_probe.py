@@ -56,6 +56,10 @@ def _measure(request: dict[str, Any]) -> int:
     session = onnxruntime.InferenceSession(
         request["model"], options, providers=["CPUExecutionProvider"]
     )
+    floats = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+    for value in session.get_inputs():
+        if value.type in floats and value.name in feeds:
+            feeds[value.name] = feeds[value.name].astype(floats[value.type])
     for _ in range(2):
         session.run(None, feeds)
     return max(0, _peak() - before)

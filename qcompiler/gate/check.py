@@ -13,7 +13,7 @@ from qcompiler.calibration.input_statistics import InputShift, input_shift
 from qcompiler.calibration.samples import open_samples
 from qcompiler.calibration.task_metrics import TaskMetric, find_task_metric
 from qcompiler.errors import UsageError
-from qcompiler.gate.costs import MAX_LATENCY, Costs, measure_costs
+from qcompiler.gate.costs import MAX_LATENCY, Costs, measure_costs, refuse_costs
 from qcompiler.gate.figures import Figures, measure_outputs
 from qcompiler.gate.judge import (
     cost_findings,
@@ -60,15 +60,7 @@ def run_gate(
     if isinstance(candidate, Path):
         candidate = candidate_at(candidate)
     setting = _open(base, candidate, gate, options or GateOptions(), progress or SilentProgress())
-    base_scores, figures = measure_outputs(
-        setting.base.path,
-        setting.base.model,
-        [entry.path for entry in setting.others],
-        setting.samples,
-        setting.metric,
-        setting.options.custom_op_libraries,
-        setting.progress,
-    )
+    base_scores, figures = measure_outputs(setting)
     costs = measure_costs(setting)
     now = _figures(setting, setting.candidate, figures[0], costs)
     if MAX_LATENCY in costs.answers:
@@ -121,6 +113,8 @@ def require_judgeable(gate: Gate, model: ir.Model, options: GateOptions) -> None
         raise UsageError(message, where="gate", hint="give --data DATA, or data in the recipe")
     if gate.baseline is not None:
         open_release(Path(gate.baseline))
+    if not options.native:
+        refuse_costs(gate, "the target's own runtime is going to run the model")
     _open_data(gate, model, options)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from qcompiler.bounds import Gate
+from qcompiler.errors import UsageError
 from qcompiler.execution.latency import time_models
 from qcompiler.execution.process_memory import memory_to_run
 from qcompiler.gate.latency_ratio import Answer, Question, judge_latency
@@ -39,7 +41,11 @@ def measure_costs(setting: Setting) -> Costs:
 
     Raises:
         TargetError: ONNX Runtime cannot run a model.
+        UsageError: They ask for what ONNX Runtime cannot measure here.
     """
+    if not setting.native:
+        refuse_costs(setting.gate, "ONNX Runtime has no kernels for bfloat16 on a CPU")
+        return Costs({}, {}, "", {})
     questions = _questions(setting)
     models = _weighed(setting)
     if not questions and not models:
@@ -71,6 +77,18 @@ def measure_costs(setting: Setting) -> Costs:
     limits = {name: question.limit for name, question in questions.items()}
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
     return Costs(limits, dict(zip(questions, answers, strict=True)), shapes, memory)
+
+
+def refuse_costs(gate: Gate, reason: str) -> None:
+    """Refuse bounds on what this runtime cannot measure; releases are then compared without.
+
+    Raises:
+        UsageError: The gate has such a bound.
+    """
+    for bound in (MAX_LATENCY, "max_memory"):
+        if getattr(gate, bound) is not None:
+            message = f"{bound} cannot be measured here: {reason}"
+            raise UsageError(message, where="gate", hint="leave it out")
 
 
 def _questions(setting: Setting) -> dict[str, Question]:

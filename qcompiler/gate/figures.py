@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.calibration.calls import Feeds
 from qcompiler.calibration.fidelity import Fidelity, OutputFidelity
-from qcompiler.calibration.task_metrics import Scores, TaskMetric
+from qcompiler.calibration.task_metrics import Scores
 from qcompiler.errors import ModelError
 from qcompiler.execution.differences import meaning_of
-from qcompiler.execution.sessions import Session, open_session
-from qcompiler.progress import Progress
+from qcompiler.execution.sessions import Array, Session, open_session
+from qcompiler.gate.setting import Opened, Setting
 
 
 @dataclass(slots=True)
@@ -40,18 +40,11 @@ FIDELITY = {
 OF_DISTRIBUTIONS = ("kl", "agreement")
 
 
-def measure_outputs(
-    base: Path,
-    base_model: ir.Model,
-    others: Sequence[Path],
-    samples: Samples,
-    metric: TaskMetric | None,
-    custom_op_libraries: Sequence[Path],
-    progress: Progress,
-) -> tuple[Scores | None, list[Figures]]:
+def measure_outputs(setting: Setting) -> tuple[Scores | None, list[Figures]]:
     """Run the float model and others on all samples.
 
-    The float model runs without the runtime's optimizations, the others as they are shipped.
+    The float model runs without the runtime's optimizations, the others as they are shipped, or
+    without them where another runtime is going to run them.
 
     Returns:
         What the float model scored, and the figures of the others.
@@ -61,21 +54,18 @@ def measure_outputs(
         TargetError: ONNX Runtime cannot run one of them.
         UsageError: The metric does not fit, or a user's function fails.
     """
-    meanings = {value.name or "": meaning_of(value) for value in base_model.graph.outputs}
-    inputs = [str(value.name) for value in base_model.graph.inputs]
+    base, others, metric = setting.base, setting.others, setting.metric
+    meanings = {value.name or "": meaning_of(value) for value in base.model.graph.outputs}
+    inputs = [str(value.name) for value in base.model.graph.inputs]
     found = [Figures(Fidelity(meanings)) for _ in others]
     scored = [_Scored() for _ in (base, *others)]
-    with ExitStack() as stack, progress.task("comparing outputs", len(samples)) as advance:
-        sessions = [
-            stack.enter_context(
-                open_session(path, optimize=index > 0, custom_op_libraries=custom_op_libraries)
-            )
-            for index, path in enumerate((base, *others))
-        ]
-        _check_outputs(others, sessions)
-        for call in samples:
+    task = setting.progress.task("comparing outputs", len(setting.samples))
+    with ExitStack() as stack, task as advance:
+        sessions = [stack.enter_context(_session(setting, entry)) for entry in (base, *others)]
+        _check_outputs([entry.path for entry in others], sessions)
+        for call in setting.samples:
             feeds = {name: call[name] for name in inputs if name in call}
-            results = [session.run(feeds) for session in sessions]
+            results = [session.run(session.fitting(feeds)) for session in sessions]
             count = _samples_in(feeds)
             for figures, result in zip(found, results[1:], strict=True):
                 figures.fidelity.add(results[0], result, count)
@@ -85,10 +75,22 @@ def measure_outputs(
             advance(1)
         if metric is not None and metric.of_run is not None:
             for entry, session in zip(scored, sessions, strict=True):
-                entry.add(metric.of_run(session.run))
+                entry.add(metric.of_run(partial(_run, session)))
     for figures, entry in zip(found, scored[1:], strict=True):
         figures.scores = entry.scores()
     return scored[0].scores(), found
+
+
+def _session(setting: Setting, entry: Opened) -> Session:
+    return open_session(
+        entry.to_run,
+        optimize=setting.native and entry is not setting.base,
+        custom_op_libraries=setting.options.custom_op_libraries,
+    )
+
+
+def _run(session: Session, feeds: Feeds) -> dict[str, Array]:
+    return session.run(session.fitting(feeds))
 
 
 @dataclass(slots=True)

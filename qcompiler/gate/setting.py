@@ -12,6 +12,7 @@ from qcompiler.calibration.input_statistics import InputStatistics
 from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.task_metrics import TaskMetric
 from qcompiler.errors import UsageError
+from qcompiler.execution.narrow_floats import has_bfloat16, runnable
 from qcompiler.ir.dataflow import standard_opset
 from qcompiler.ir.fingerprint import fingerprint
 from qcompiler.ir.load import load_model
@@ -49,11 +50,14 @@ class GateOptions:
         samples: How data is read.
         threads: Threads of one operator while latency and memory are measured.
         custom_op_libraries: Shared libraries with custom operators.
+        native: Whether ONNX Runtime is what will run the candidate; else outputs are compared
+            without its optimizations, and time and memory are not measured.
     """
 
     samples: SampleOptions = field(default_factory=SampleOptions)
     threads: int | None = None
     custom_op_libraries: tuple[Path, ...] = ()
+    native: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,16 @@ class Opened:
     path: Path
     model: ir.Model
     facts: FileFacts
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether ONNX Runtime has kernels for it on a CPU."""
+        return not has_bfloat16(self.model)
+
+    @property
+    def to_run(self) -> Path | ir.Model:
+        """The file, or what can be run in its place."""
+        return self.path if self.runs_here else runnable(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +109,12 @@ class Setting:
     def others(self) -> list[Opened]:
         """The models that are held against the float model."""
         return [self.candidate, *([] if self.released is None else [self.released])]
+
+    @property
+    def native(self) -> bool:
+        """Whether what ONNX Runtime makes of the models is what counts."""
+        models = (self.base, *self.others)
+        return self.options.native and all(model.runs_here for model in models)
 
     def largest_feeds(self) -> Feeds:
         """Return the inputs that latency and memory are measured on."""

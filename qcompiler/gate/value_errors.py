@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds
 from qcompiler.execution.intermediates import shapes_at
+from qcompiler.execution.narrow_floats import has_bfloat16, runnable
 from qcompiler.execution.sessions import Array, open_session
 from qcompiler.execution.taps import Measure, Tap, tap_model
 from qcompiler.ir.dataflow import inputs_with_captures, node_name
@@ -78,6 +79,7 @@ def node_errors(
     Raises:
         TargetError: ONNX Runtime cannot run one of the models.
     """
+    base, candidate = (runnable(m) if has_bfloat16(m) else m for m in (base, candidate))
     shared = _shared_values(base, candidate)
     if not shared or not calls:
         return []
@@ -96,7 +98,7 @@ def node_errors(
                 ) as other,
             ):
                 for feeds in calls:
-                    truth, found = one.run(feeds), other.run(feeds)
+                    truth, found = (each.run(each.fitting(feeds)) for each in (one, other))
                     for name, tap in taps.items():
                         sums[name].add(truth[tapped[0].outputs[tap]], found[tapped[1].outputs[tap]])
             advance(1)

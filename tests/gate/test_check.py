@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -253,3 +254,35 @@ def test_the_samples_of_calibration_are_noticed(files: Files) -> None:
     assert verdict.warnings == (
         "judged on the samples it was calibrated on: others will come out worse",
     )
+
+
+def test_bfloat16_is_run_in_its_place_and_not_timed(tmp_path: Path) -> None:
+    weight = (random_array(64, 64) / 8).astype(ml_dtypes.bfloat16)
+    text = """m (float[b, 64] x) => (float[b, 64] y) {
+        a = Cast<to=16>(x)
+        h = MatMul(a, w)
+        y = Cast<to=1>(h)
+    }"""
+    base = tmp_path / "base.onnx"
+    ir.save(build(text, {"w": weight}), base)
+    options = CompileOptions(scheme="w2a16:b16", inspect_kernels=False)
+    low = compile_model(base, options, output=tmp_path / "low.onnx").path
+    np.savez(tmp_path / "d.npz", x=random_array(40, 64))
+    files = Files(base, low, tmp_path / "d.npz")
+    verdict = _check(files, low, "min-sqnr=30")
+    assert not verdict.passed
+    assert verdict.suspects[0].name == "w2a16"
+    with pytest.raises(UsageError, match="no kernels for bfloat16"):
+        _check(files, low, "max-latency=2")
+
+
+def test_another_target_is_not_timed(files: Files, tmp_path: Path) -> None:
+    def options(*bounds: str) -> CompileOptions:
+        gate = gate_from_texts([f"data={files.data}", *bounds])
+        return CompileOptions(scheme="w8a16", target="tensorrt-11", gate=gate)
+
+    with pytest.raises(UsageError, match="max_latency cannot be measured here"):
+        compile_model(files.base, options("max-latency=2"), output=tmp_path / "x.onnx")
+    result = compile_model(files.base, options("min-sqnr=20"), output=tmp_path / "x.onnx")
+    assert result.verdict is not None
+    assert result.verdict.passed
