@@ -63,18 +63,26 @@ def memory_to_run(
             "threads": threads or 0,
             "libraries": [str(path.absolute()) for path in custom_op_libraries],
         }
-        # As a file and with -P: its folder must not be searched for modules.
-        done = subprocess.run(
+        answer = _probe(model, json.dumps(request))
+    try:
+        return int(json.loads(answer.stdout)["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        last = answer.stderr.strip().splitlines()[-1:] or [f"exit status {answer.returncode}"]
+        message = f"the process that measures memory failed: {last[0]}"
+        raise TargetError(message, where=str(model)) from error
+
+
+def _probe(model: Path, request: str) -> subprocess.CompletedProcess[str]:
+    # As a file and with -P: its folder must not be searched for modules.
+    try:
+        return subprocess.run(
             [sys.executable, "-P", str(memory_probe.__file__)],
-            input=json.dumps(request),
+            input=request,
             capture_output=True,
             text=True,
             check=False,
             timeout=_SECONDS,
         )
-    try:
-        return int(json.loads(done.stdout)["bytes"])
-    except (ValueError, KeyError, TypeError) as error:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        message = f"the process that measures memory failed: {last[0]}"
+    except subprocess.TimeoutExpired as error:
+        message = f"the process that measures memory did not end in {_SECONDS} seconds"
         raise TargetError(message, where=str(model)) from error

@@ -82,6 +82,17 @@ def run_gate(
         *input_findings(setting, shifts),
         *release_findings(setting, figures, costs, now, _then(setting, figures, costs)),
     )
+    suspects = _suspects(setting, candidate, findings, shifts)
+    return _verdict(setting, findings, suspects, now, _warnings(setting, candidate, now))
+
+
+def _verdict(
+    setting: Setting,
+    findings: tuple[Finding, ...],
+    suspects: tuple[Suspect, ...],
+    now: Mapping[str, Estimate],
+    warnings: tuple[str, ...],
+) -> Verdict:
     return Verdict(
         setting.base.facts,
         setting.candidate.facts,
@@ -89,9 +100,9 @@ def run_gate(
         setting.samples.fingerprint(),
         max((entry.samples for entry in now.values()), default=0),
         findings,
-        _suspects(setting, candidate, findings, shifts),
+        suspects,
         {name: _finite(entry.value) for name, entry in now.items()},
-        _warnings(setting, candidate, now),
+        warnings,
     )
 
 

@@ -80,18 +80,16 @@ def terminal_lines(verdict: Verdict) -> Iterator[str]:
     """Yield the lines that a terminal shows."""
     wide = max((len(f.title) for f in verdict.findings), default=0)
     for finding in verdict.findings:
-        yield printable(
-            f"{finding.status.value.upper():7}  {finding.title:{wide}}  {finding.sentence}"
-        )
+        yield _line(f"{finding.status.value.upper():7}  {finding.title:{wide}}  {finding.sentence}")
     if verdict.suspects:
         yield "suspects, the likeliest first:"
         for number, line in enumerate(suspect_lines(verdict), start=1):
-            yield printable(f"  {number}. {line}")
+            yield _line(f"  {number}. {line}")
     for warning in verdict.warnings:
-        yield printable(f"warning: {warning}")
+        yield _line(f"warning: {warning}")
     outcome = "passed" if verdict.passed else "FAILED"
     failed = f", {len(verdict.failed)} failed" if verdict.failed else ""
-    yield printable(
+    yield _line(
         f"gate {outcome}: {verdict.candidate.name} against {verdict.base.name} on "
         f"{verdict.data}; {len(verdict.findings)} bounds{failed}"
     )
@@ -121,6 +119,11 @@ def number_text(value: float | None, unit: str) -> str:
         return f"{value:.2%}"
     shown = f"{value:.1f}" if unit == "dB" else f"{value:.4g}"
     return f"{shown} {unit}".strip()
+
+
+def _line(text: str) -> str:
+    """Return text on one line: what is printed at its start can be a command to a CI system."""
+    return printable(text.replace("\n", " "))
 
 
 def _xml(text: str) -> str:

@@ -74,5 +74,6 @@ def test_terminal_and_error() -> None:
     lines = list(terminal_lines(VERDICT))
     assert lines[0].startswith("FAILED   min_sqnr of y|z")
     assert lines[-1].endswith("3 bounds, 1 failed")
+    assert not any("\n" in line for line in lines)
     text = str(GateFailedError(VERDICT))
     assert "first suspect: node conv:1,a" in text
