@@ -59,7 +59,7 @@ class CalibrationOptions:
     observer: Observer | None = None
     percentile: float = DEFAULT_PERCENTILE
     outlier_channels: int = 8
-    two_terms_below: float = 2.0
+    two_terms_below: float = 3.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
 

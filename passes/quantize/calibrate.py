@@ -77,7 +77,7 @@ class CalibrateOptions:
     trial: tuple[Pass, ...] = ()
     percentile: float = DEFAULT_PERCENTILE
     outlier_limit: int = 8
-    two_terms_below: float = 2.0
+    two_terms_below: float = 3.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
     custom_op_libraries: tuple[Path, ...] = ()

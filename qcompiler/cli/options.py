@@ -159,7 +159,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--two-terms-below",
             type=click.FloatRange(0),
-            default=2.0,
+            default=3.0,
             show_default=True,
             metavar="STEPS",
             help="Give an activation of a product two terms of codes where its values are "

@@ -81,7 +81,7 @@ def compile_calibrated(
     recipe: Recipe | None = None,
     exclude: tuple[str, ...] = (),
     as_given: bool = False,
-    two_terms_below: float = 2.0,
+    two_terms_below: float = 3.0,
 ) -> Calibrated:
     """Compile a model with min-max ranges of one call, and run it on that call.
 
