@@ -6,13 +6,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.calibration.error_growth import GrowthOptions
 from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
@@ -29,6 +30,7 @@ from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
+from qcompiler.passes.equalize.equalize_channels import EqualizeChannels
 from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
@@ -37,14 +39,19 @@ from qcompiler.report.build import (
     calibration_warnings,
     kernel_warnings,
     latency_warnings,
+    metric_report,
     node_reports,
     output_checks,
     pass_reports,
     summarize,
 )
 from qcompiler.report.files import manifest_json, report_json
+from qcompiler.report.network import Network, measure_network
+from qcompiler.report.page import report_html
 from qcompiler.report.records import FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
+from qcompiler.rewriting.float_models import KeepFloatModels
+from qcompiler.rewriting.graph_changes import CountGraphChanges
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
 
@@ -61,6 +68,7 @@ class CompileResult:
         report_path: The report, JSON (docs/report-schema.md).
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
+        page_path: The report as a page for a browser; None unless `CompileOptions.html`.
     """
 
     path: Path
@@ -68,6 +76,7 @@ class CompileResult:
     report_path: Path
     manifest_path: Path
     report: Report
+    page_path: Path | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -124,8 +133,8 @@ def compile_model(
         size, opset = _size_and_opset(path, model)
         with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
             plan = with_data(plan, model, digest.result)
-            numerics = _numerics_hook(model, options)
-            hooks = _hooks(plan, options, target_path.parent, numerics)
+            watching = _Watching(_numerics_hook(model, options), plan.data is not None)
+            hooks = _hooks(plan, options, target_path.parent, watching)
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
             records = PassManager(context, hooks).run(model, pipeline(plan))
             _require_something_done(model)
@@ -136,11 +145,13 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
+            network = _network(plan, watching, model, context)
             source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress)
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
-        nodes = node_reports(model, inspection.kernels if inspection else None)
+        kernels = inspection.kernels if inspection else None
+        nodes = node_reports(model, kernels, network.errors)
         report = _report(
             plan,
             source_facts,
@@ -148,13 +159,14 @@ def compile_model(
             model,
             nodes,
             records,
-            numerics,
+            watching,
             inspection,
             quality,
             latency,
             started,
         )
-        return _publish(saved, target_path, report, _settings(plan, options))
+        report = replace(report, channels=network.profiles, settings=_settings(plan, options))
+        return _publish(saved, target_path, report, html=options.html)
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -209,6 +221,21 @@ def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
     return size, standard_opset(model)
 
 
+class _Watching:
+    """Hooks of which the report wants to know what they saw.
+
+    Attributes:
+        numerics: With `--verify numerics`.
+        floats: With samples, on which the result is compared with what it was made from.
+        changes: What happened to the graph.
+    """
+
+    def __init__(self, numerics: VerifyNumerics | None, samples: bool) -> None:
+        self.numerics = numerics
+        self.floats = KeepFloatModels(EqualizeChannels.name) if samples else None
+        self.changes = CountGraphChanges()
+
+
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
     if options.verify is not Verification.NUMERICS:
         return None
@@ -221,15 +248,14 @@ def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics |
 
 
 def _hooks(
-    plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
+    plan: Plan, options: CompileOptions, folder: Path, watching: _Watching
 ) -> Sequence[PassHook]:
     arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
     hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
-    if numerics is not None:
-        hooks.append(numerics)
-    return hooks
+    mine: tuple[PassHook | None, ...] = (watching.numerics, watching.floats, watching.changes)
+    return [*hooks, *(hook for hook in mine if hook is not None)]
 
 
 def _require_something_done(model: ir.Model) -> None:
@@ -275,6 +301,19 @@ def _inspect(
     return inspection
 
 
+def _network(plan: Plan, watching: _Watching, model: ir.Model, context: PassContext) -> Network:
+    """Look at where error comes in along the graph, if there are samples to run it on."""
+    if plan.data is None or plan.calibration is None or watching.floats is None:
+        return Network()
+    options = GrowthOptions(
+        plan.data.samples,
+        plan.calibration.memory_budget,
+        context.workers,
+        plan.custom_op_libraries,
+    )
+    return measure_network(watching.floats, model, options, context.progress)
+
+
 def _quality(
     plan: Plan, source: Path, saved: SavedModel, progress: Progress
 ) -> tuple[OutputQuality, ...]:
@@ -313,7 +352,7 @@ def _report(
     model: ir.Model,
     nodes: tuple[NodeReport, ...],
     records: Sequence[PassRecord],
-    numerics: VerifyNumerics | None,
+    watching: _Watching,
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
     latency: Sequence[Timing],
@@ -338,11 +377,12 @@ def _report(
         ),
         summary=summarize(nodes, latency, seconds=time.perf_counter() - started),
         nodes=nodes,
-        passes=pass_reports(records),
-        output_checks=output_checks(numerics.records if numerics else ()),
+        passes=pass_reports(records, watching.changes.changes),
+        output_checks=output_checks(watching.numerics.records if watching.numerics else ()),
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        metric=metric_report(model),
     )
 
 
@@ -359,23 +399,24 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
     }
 
 
-def _publish(
-    saved: SavedModel, path: Path, report: Report, settings: dict[str, object]
-) -> CompileResult:
-    """Write report and manifest beside the finished model, and rename all of it into place."""
+def _publish(saved: SavedModel, path: Path, report: Report, *, html: bool) -> CompileResult:
+    """Write what goes with the finished model beside it, and rename all of it into place."""
     folder = saved.path.parent
     report_path = path.with_suffix(".report.json")
     manifest_path = path.with_suffix(".manifest.json")
     data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
-    texts = {report_path: report_json(report), manifest_path: manifest_json(report, settings)}
+    page_path = path.with_suffix(".report.html") if html else None
+    texts = {report_path: report_json(report), manifest_path: manifest_json(report)}
+    if page_path is not None:
+        texts[page_path] = report_html(report)
     try:
         for final, text in texts.items():
             (folder / final.name).write_text(text, encoding="utf-8")
         # The model goes last: whoever sees it finds everything it needs.
-        finished = [report_path, manifest_path, path]
+        finished = [*texts, path]
         for final in finished if data_path is None else [data_path, *finished]:
             (folder / final.name).replace(final)
     except OSError as error:
         message = f"cannot write the result: {error.strerror}"
         raise UsageError(message, where=str(path)) from error
-    return CompileResult(path, data_path, report_path, manifest_path, report)
+    return CompileResult(path, data_path, report_path, manifest_path, report, page_path)

@@ -107,6 +107,7 @@ class CompileOptions:
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
         workers: Threads for quantizing; None is the number of processors.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
+        html: Whether the report is also written as a page for a browser.
     """
 
     scheme: str | None = None
@@ -135,3 +136,4 @@ class CompileOptions:
     inspect_kernels: bool = True
     workers: int | None = None
     memory_limit: int = 64 << 20
+    html: bool = True

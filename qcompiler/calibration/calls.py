@@ -149,3 +149,11 @@ class _Seen:
                 "no range can be calibrated on it"
             )
         return None
+
+
+def widened_feeds(feeds: Feeds) -> Feeds:
+    """Return inputs of bfloat16 as float32, for models whose floats were widened."""
+    return {
+        name: values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
+        for name, values in feeds.items()
+    }

@@ -47,6 +47,9 @@ from qcompiler.cli.options import (
 )
 @click.option("--dump-ir", type=MODEL, metavar="DIR", help="Write the model after every pass.")
 @click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option(
+    "--html/--no-html", default=True, show_default=True, help="Write the report as a page, too."
+)
 @click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
 @click.option(
     "--external-data/--no-external-data",

@@ -15,6 +15,7 @@ _COMMANDS = {
     "compile": ("qcompiler.cli.compile", "Compile a model (what `qcompile MODEL` does)."),
     "inspect": ("qcompiler.cli.inspect", "List a model's ops, quantizable sites and blocks."),
     "explain": ("qcompiler.cli.explain", "Say what a node of a compiled model got, and why."),
+    "report": ("qcompiler.cli.report", "Write a report as a page for a browser."),
     "export": ("qcompiler.cli.export", "Write a PyTorch module or checkpoint as ONNX."),
     "sensitivity": ("qcompiler.cli.sensitivity", "Rank ops by what quantizing them costs."),
     "run-pass": ("qcompiler.cli.run_pass", "Run one pass alone over a model."),

@@ -1,5 +1,6 @@
 """Makes a report from the finished graph and what the passes recorded."""
 
+import json
 import math
 import resource
 import sys
@@ -10,14 +11,17 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.calls import warnings as sample_warnings
+from qcompiler.calibration.error_growth import NodeError
 from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.provenance import OBSERVER, facts_of, origins_of
+from qcompiler.ir.provenance import METRIC, OBSERVER, facts_of, origins_of
 from qcompiler.report.records import (
     CalibrationReport,
+    ChangeReport,
+    MetricReport,
     NodeReport,
     OutputCheck,
     PassReport,
@@ -25,20 +29,28 @@ from qcompiler.report.records import (
     SkipReport,
     Summary,
 )
+from qcompiler.rewriting.graph_changes import GraphChange
 from qcompiler.rewriting.manager import PassRecord
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
 _KERNEL_LOSS_DB = 1.0
+_NO_ERROR = NodeError(None, None)
 
 
-def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple[NodeReport, ...]:
+def node_reports(
+    model: ir.Model,
+    kernels: Mapping[str, Kernel] | None,
+    errors: Mapping[str, NodeError] | None = None,
+) -> tuple[NodeReport, ...]:
     """Read what was decided from the nodes' metadata.
 
     Args:
         model: The compiled model.
         kernels: What the runtime runs, by node name; None if nobody looked.
+        errors: How far data and results are from the float model's, by its node names.
     """
+    known = errors or {}
     found: list[NodeReport] = []
     for node in all_nodes(model):
         facts = facts_of(node)
@@ -53,6 +65,8 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
         looked_for = kernels is not None and scheme not in ("float", "a8")
         missing = _MERGED if looked_for else None
         before = int(facts.get("weight_bytes_before", 0))
+        names = (node.name or "", *origins_of(node))
+        error = next((known[name] for name in names if name in known), _NO_ERROR)
         found.append(
             NodeReport(
                 name=_source_name(node),
@@ -73,6 +87,9 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 sqnr_db=_finite(float(facts.get("weight_sqnr_db", math.inf))),
                 kernel=kernel.name if kernel else missing,
                 integer_kernel=kernel.integer if kernel else None,
+                data_sqnr_db=_decibels_or_none(error.data_db),
+                output_sqnr_db=_decibels_or_none(error.output_db),
+                sensitivity_db=_number(facts.get("sensitivity_db")),
             )
         )
     return tuple(found)
@@ -114,6 +131,12 @@ def calibration_warnings(samples: Samples, quality: Sequence[OutputQuality]) -> 
     return tuple(found)
 
 
+def metric_report(model: ir.Model) -> MetricReport | None:
+    """Read what a metric of the user's gave, if there was one."""
+    text = model.metadata_props.get(METRIC)
+    return None if text is None else MetricReport(**json.loads(text))
+
+
 def latency_warnings(latency: Sequence[Timing]) -> tuple[str, ...]:
     """Say when the result is slower than its source.
 
@@ -133,6 +156,10 @@ def latency_warnings(latency: Sequence[Timing]) -> tuple[str, ...]:
 
 def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
+
+
+def _decibels_or_none(value: float | None) -> float | None:
+    return None if value is None else _decibels(value)
 
 
 def _decibels(value: float) -> float | None:
@@ -170,8 +197,10 @@ def kernel_warnings(nodes: Sequence[NodeReport]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
-    """Turn the manager's records into the report's."""
+def pass_reports(
+    records: Iterable[PassRecord], changes: Sequence[GraphChange]
+) -> tuple[PassReport, ...]:
+    """Turn the manager's records, and what happened to the graph, into the report's."""
     return tuple(
         PassReport(
             record.name,
@@ -180,9 +209,21 @@ def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
             round(record.seconds, 3),
             len(record.rewrites),
             tuple(SkipReport(skip.rule, skip.node, skip.reason) for skip in record.skips),
+            _changes(record),
+            change.nodes,
+            change.ops,
+            change.removed,
         )
-        for record in records
+        for record, change in zip(records, changes, strict=True)
     )
+
+
+def _changes(record: PassRecord) -> tuple[ChangeReport, ...]:
+    """Put together what was done in the same way."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for rewrite in record.rewrites:
+        groups.setdefault((rewrite.rule, rewrite.detail), []).append(rewrite.node)
+    return tuple(ChangeReport(*key, tuple(nodes)) for key, nodes in groups.items())
 
 
 def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:

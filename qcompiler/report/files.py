@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qcompiler.calibration.channel_profiles import ChannelProfile
 from qcompiler.errors import UsageError
 from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
     CalibrationReport,
+    ChangeReport,
     FileFacts,
+    MetricReport,
     NodeReport,
     OutputCheck,
     PassReport,
@@ -67,15 +69,34 @@ def _report(content: dict[str, Any]) -> Report:
                 NodeReport(**{**node, "origins": tuple(node["origins"])})
                 for node in content["nodes"]
             ),
-            "passes": tuple(
-                PassReport(**{**p, "skips": tuple(SkipReport(**s) for s in p["skips"])})
-                for p in content["passes"]
-            ),
+            "passes": tuple(_pass(record) for record in content["passes"]),
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
+            "metric": MetricReport(**metric) if (metric := content.get("metric")) else None,
+            "channels": tuple(_profile(entry) for entry in content.get("channels", ())),
         }
     )
+
+
+def _pass(content: dict[str, Any]) -> PassReport:
+    changes = (
+        ChangeReport(entry["rule"], entry["detail"], tuple(entry["nodes"]))
+        for entry in content.get("changes", ())
+    )
+    return PassReport(
+        **{
+            **content,
+            "skips": tuple(SkipReport(**skip) for skip in content["skips"]),
+            "changes": tuple(changes),
+            "removed": tuple(content.get("removed", ())),
+        }
+    )
+
+
+def _profile(content: dict[str, Any]) -> ChannelProfile:
+    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+    return ChannelProfile(**{**content, **lists})
 
 
 def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
@@ -85,14 +106,10 @@ def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
     return CalibrationReport(**{**content, "outputs": outputs})
 
 
-def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
+def manifest_json(report: Report) -> str:
     """Return the manifest: what went in, what came out, and with what.
 
     It holds no time and no path, so that two equal compilations give equal manifests.
-
-    Args:
-        report: The report of the compilation.
-        settings: What was in force beside the recipe, defaults included: plain JSON values.
     """
     content = {
         "schema": "qcompiler-manifest",
@@ -102,7 +119,7 @@ def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
         "target": report.target,
         "recipe": report.recipe,
         "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
-        "settings": dict(settings),
+        "settings": dict(report.settings),
         "versions": {name: package_version(name) for name in _VERSIONS},
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

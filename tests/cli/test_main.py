@@ -41,6 +41,7 @@ def test_compile_writes_model_report_and_manifest(run: Run, digits: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out.manifest.json",
         "out.onnx",
+        "out.report.html",
         "out.report.json",
     ]
     assert "6 of 8 weight ops quantized" in out
