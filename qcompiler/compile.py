@@ -266,12 +266,15 @@ def _require_something_done(model: ir.Model) -> None:
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
-        raise ModelError(message, hint="give the float model it was made from")
+        hint = "give the float model it was made from"
+        raise ModelError(message, hint=hint, reason="already-quantized")
     if any(value.is_initializer() for value in model.graph.inputs):
         message = "its weights are also inputs of the graph, which a caller may override"
-        raise ModelError(message, hint="export again with keep_initializers_as_inputs=False")
+        hint = "export again with keep_initializers_as_inputs=False"
+        raise ModelError(message, hint=hint, reason="weights-are-inputs")
     message = "there is no constant float weight to quantize in this model"
-    raise ModelError(message, hint="`qcompile inspect` lists its ops")
+    hint = "`qcompile inspect` lists its ops"
+    raise ModelError(message, hint=hint, reason="nothing-to-quantize")
 
 
 def _inspect(
@@ -297,6 +300,7 @@ def _inspect(
         raise TargetError(
             message,
             hint="check that it loads the source model; --no-inspect writes the result anyway",
+            reason="runtime-refuses",
         )
     return inspection
 

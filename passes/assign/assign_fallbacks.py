@@ -348,4 +348,5 @@ def _out_of_reach(
         f"{bound.option} does not hold: all {count} ops in w8a8 give {first.text}, and with all of "
         f"them left out of it the outputs still have {everything.text}"
     )
-    return ParityError(message, hint="lower the bound, or keep more ops in float with --exclude")
+    hint = "lower the bound, or keep more ops in float with --exclude"
+    return ParityError(message, hint=hint, reason="bound-out-of-reach")

@@ -144,6 +144,7 @@ class AssignSchemes(Pass):
                 message,
                 where=node_label(site.node),
                 hint="the export is broken, or exclude the node",
+                reason="weight-not-quantizable",
             )
         request = request_for(site, scheme, tied=tied, in_body=site.node.graph is not main)
         resolution = resolve(self.options.target, request)

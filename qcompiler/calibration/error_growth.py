@@ -28,10 +28,12 @@ from qcompiler.quant.ranges import sqnr_db
 Array = npt.NDArray[Any]
 
 MOST_CALLS: Final = 4
+_FEWEST_CALLS: Final = 2
+"""Where values take several rounds, each of which runs both models, fewer calls must do."""
 _CHUNK: Final = 1 << 20
 _BYTES: Final = 2 * np.dtype(np.float32).itemsize
 """An element leaves both sessions."""
-_SHARE: Final = 4
+_SHARE: Final = 2
 """One part in so many of the memory budget is for what is compared at once."""
 
 
@@ -54,8 +56,8 @@ class GrowthOptions:
     """How error growth is measured.
 
     Attributes:
-        samples: The calls; of them `MOST_CALLS` are used, evenly spread.
-        memory_budget: Bytes; a quarter of them is for the values compared at once.
+        samples: The calls; of them at most `MOST_CALLS` are used, evenly spread.
+        memory_budget: Bytes; half of them are for the values compared at once.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
     """
@@ -136,6 +138,7 @@ def _compared(
 ) -> dict[str, float]:
     samples = spread(options.samples, MOST_CALLS)
     rounds = list(_rounds(reference, names, largest_call(samples), options)) if names else []
+    samples = spread(samples, max(_FEWEST_CALLS, MOST_CALLS // max(1, len(rounds))))
     found: dict[str, float] = {}
     task = (progress or SilentProgress()).task
     with task("measuring error along the network", len(rounds) * len(samples)) as advance:

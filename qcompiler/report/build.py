@@ -35,6 +35,8 @@ from qcompiler.rewriting.manager import PassRecord
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
 _KERNEL_LOSS_DB = 1.0
+_STAYS_IN_FLOAT = "stays-in-float"
+"""The rule of ops between quantized values that have no weight to give a scheme to."""
 _NO_ERROR = NodeError(None, None)
 
 
@@ -73,7 +75,7 @@ def node_reports(
                 origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
-                rule=facts.get("rule", ""),
+                rule=facts.get("rule") or _STAYS_IN_FLOAT,
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
                 equalized=facts.get("equalized"),

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from qcompiler.errors import UsageError
 from qcompiler.report.page_charts import chart_data, heat_maps
 from qcompiler.report.records import NodeReport, PassReport, Report
-from qcompiler.report.refusals import Refusal, catalogue
+from qcompiler.report.refusals import Refusal, meaning_of_rule
 from qcompiler.report.terminal import size
 
 _COLUMNS: Final = (
@@ -208,7 +208,7 @@ def _left_in_float(nodes: Sequence[NodeReport]) -> Iterator[_Left]:
         if not node.quantized:
             groups.setdefault((node.rule, node.reason), []).append(node.name)
     for (rule, reason), names in groups.items():
-        yield _Left(rule, reason, tuple(names), catalogue().get(rule))
+        yield _Left(rule, reason, tuple(names), meaning_of_rule(rule))
 
 
 def _passes(records: Sequence[PassReport]) -> Iterator[dict[str, Any]]:

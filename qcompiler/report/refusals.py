@@ -46,5 +46,12 @@ def catalogue() -> Mapping[str, Refusal]:
     return {entry.reason: entry for entry in entries}
 
 
+def meaning_of_rule(rule: str) -> Refusal | None:
+    """Return the entry of a rule by which an op stays in float; recipes' own rules share one."""
+    entries = catalogue()
+    own = rule.startswith(("rule", "--exclude", "recipe default", "sensitivity"))
+    return entries.get(rule) or (entries["recipe"] if own else None)
+
+
 def _line(text: str) -> str:
     return " ".join(text.replace("`", "").split())

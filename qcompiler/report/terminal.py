@@ -9,7 +9,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from qcompiler.errors import printable
-from qcompiler.report.records import CalibrationReport, NodeReport, PassReport, Report
+from qcompiler.report.records import CalibrationReport, NodeReport, Report
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
@@ -180,45 +180,6 @@ def _slowest(report: Report) -> str:
     passes = sorted(report.passes, key=lambda record: -record.seconds)[:_PASSES_SHOWN]
     times = ", ".join(f"{record.name} {record.seconds:.2f} s" for record in passes)
     return f"of {len(report.passes)} passes the longest: {times}"
-
-
-def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]:
-    """Yield all that is known of a node, one line a fact."""
-    yield f"{node.name} ({node.op_type})"
-    others = [name for name in node.origins if name != node.name]
-    if others:
-        yield f"  also     {', '.join(others)}"
-    yield f"  scheme   {node.scheme}"
-    yield f"  rule     {node.rule}"
-    yield f"  reason   {node.reason}"
-    yield from _activations(node)
-    if node.weight is not None:
-        yield f"  weight   {node.weight}: {node.elements} elements"
-        yield (
-            f"  size     {size(node.bytes_before)} -> {size(node.bytes_after)}, "
-            f"{node.bits_per_weight:.2f} bits per element"
-        )
-    if node.sqnr_db is not None:
-        yield f"  SQNR     {node.sqnr_db:.1f} dB (weight against its quantized form)"
-    if node.kernel is not None:
-        yield f"  kernel   {node.kernel}"
-    for record in passes:
-        for skip in record.skips:
-            if skip.node == node.name and skip.reason != node.reason:
-                yield f"  {record.name} left it alone ({skip.rule}): {skip.reason}"
-
-
-def _activations(node: NodeReport) -> Iterator[str]:
-    """Yield what is known of a node's data."""
-    if node.equalized is not None:
-        yield f"  scaled   {node.equalized}"
-    if node.placement is not None:
-        yield f"  placed   by rule {node.placement}, in integer region {node.region}"
-    if node.float_ms is not None and node.quantized_ms is not None:
-        yield (
-            f"  latency  {node.float_ms:.3f} ms in float, {node.quantized_ms:.3f} ms quantized "
-            "(its region and what shares its inputs)"
-        )
 
 
 def print_inspection(found: dict[str, Any], console: Console | None = None) -> None:

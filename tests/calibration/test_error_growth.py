@@ -53,12 +53,15 @@ def test_rounds_that_fit_little_memory_give_the_same() -> None:
             return super().task(description, total)
 
     wide, narrow = Counting(), Counting()
-    whole = error_growth(chain(EYE), chain(EYE * 1.1), GrowthOptions(samples()), wide)
-    # One value of the largest call takes 8 x 4 elements of 4 bytes in both models.
-    small = GrowthOptions(samples(), memory_budget=4 * 8 * 4 * 8)
+    whole = error_growth(chain(EYE), chain(EYE * 1.1), GrowthOptions(samples(2)), wide)
+    # One value of the largest call takes 4 x 4 elements of 4 bytes in both models.
+    small = GrowthOptions(samples(2), memory_budget=2 * 4 * 4 * 8)
     assert error_growth(chain(EYE), chain(EYE * 1.1), small, narrow) == whole
-    assert (wide.total, narrow.total) == (4, 12)
+    assert (wide.total, narrow.total) == (2, 6)
     assert error_growth(chain(EYE), chain(EYE), GrowthOptions(samples(), memory_budget=64)) == {}
+    many = Counting()
+    error_growth(chain(EYE), chain(EYE), GrowthOptions(samples(9)), many)
+    assert many.total == 4
 
 
 @pytest.mark.parametrize(
