@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import widened_feeds
-from qcompiler.calibration.error_growth import MOST_CALLS, GrowthOptions
+from qcompiler.calibration.error_growth import GrowthOptions
 from qcompiler.calibration.held_out import spread
 from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.linear_examples import channels_of_rows, weight_matrix
@@ -25,6 +25,7 @@ from qcompiler.progress import Progress, SilentProgress
 
 F64 = npt.NDArray[np.float64]
 
+_CALLS: Final = 2
 MOST_POINTS: Final = 64
 """Points of a curve: more cannot be told apart on a screen."""
 
@@ -74,12 +75,14 @@ def channel_profiles(
         TargetError: ONNX Runtime cannot run one of the models.
     """
     wanted = dict.fromkeys(nodes)
-    curves = [_Curves(widened(model), wanted, options) for model in (before, after)]
-    with (progress or SilentProgress()).task("measuring channels", 2) as advance:
+    first = last = _Curves(widened(before), wanted, options)
+    if after is not before:
+        last = _Curves(widened(after), wanted, options)
+    curves = dict.fromkeys((first, last))
+    with (progress or SilentProgress()).task("measuring channels", len(curves)) as advance:
         for entry in curves:
             entry.measure()
             advance(1)
-    first, last = curves
     return tuple(
         _profile(node, (first.data[node], first.weights[node], last.data[node], last.weights[node]))
         for node in wanted
@@ -123,7 +126,7 @@ class _Curves:
             threads=options.threads,
             custom_op_libraries=options.custom_op_libraries,
         ) as session:
-            for feeds in spread(options.samples, MOST_CALLS):
+            for feeds in spread(options.samples, _CALLS):
                 results = session.run(widened_feeds(feeds))
                 for node, pair in taps.items():
                     found = [
@@ -140,7 +143,7 @@ class _Curves:
         shapes = shapes_at(
             self._model,
             list(dict.fromkeys(names.values())),
-            widened_feeds(largest_call(spread(options.samples, MOST_CALLS))),
+            widened_feeds(largest_call(spread(options.samples, _CALLS))),
             threads=options.threads,
             custom_op_libraries=options.custom_op_libraries,
         )

@@ -77,6 +77,7 @@ def command(
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
+    from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
@@ -101,6 +102,8 @@ def command(
         click.echo(report_json(result.report), nl=False)
         return
     print_report(result.report, result.path)
+    if result.page_path is not None:
+        click.echo(f"wrote {printable(str(result.page_path))}, the report as a page")
     if options.scheme is None and options.recipe is None and calibration is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "

@@ -142,7 +142,8 @@ def _show(error: Exception, show_traceback: bool) -> None:
         if error.hint:
             click.echo(printable(f"  hint: {error.hint}"), err=True)
         if error.reason:
-            click.echo(f"  more: qcompile explain --reason {error.reason}", err=True)
+            where = f"docs/refusals.md#{error.reason}"
+            click.echo(f"  more: {where}, qcompile explain --reason {error.reason}", err=True)
         return
     click.echo(printable(f"internal error: {type(error).__name__}: {error}"), err=True)
     click.echo("  hint: a defect in qcompiler; --traceback shows where, please report it", err=True)

@@ -14,11 +14,10 @@ def command(report: Path, output: Path | None) -> None:
     """Write REPORT, the .report.json beside a compiled model, as one HTML file."""
     from qcompiler.ir.atomic_file import AtomicFile
     from qcompiler.ir.weights import disk_errors
-    from qcompiler.report.files import read_report
-    from qcompiler.report.page import report_html
+    from qcompiler.report.page import page_of_file
 
     path = output or report.with_suffix(".html")
-    text = report_html(read_report(report))
+    text = page_of_file(report)
     with disk_errors(path.parent), AtomicFile(path) as file:
         file.stream().write(text.encode())
         file.commit()

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
 
 from qcompiler.errors import UsageError
+from qcompiler.report.files import read_report
 from qcompiler.report.page_charts import chart_data, heat_maps
 from qcompiler.report.records import NodeReport, PassReport, Report
 from qcompiler.report.refusals import Refusal, meaning_of_rule
@@ -60,19 +62,25 @@ class _Left:
     entry: Refusal | None
 
 
-def report_html(report: Report) -> str:
-    """Return a report as a page that needs nothing else.
+def page_of_file(path: Path) -> str:
+    """Return the page of a report file, which may come from anywhere.
 
     Raises:
-        UsageError: `reconstruction` or `islands` are not what docs/report-schema.md says.
+        UsageError: It is no report, or holds what a report does not (docs/report-schema.md).
     """
+    report = read_report(path)
     try:
-        data = chart_data(report)
-        heat = heat_maps(report)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return report_html(report)
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         message = f"cannot be shown: {type(error).__name__}: {error}"
-        hint = "docs/report-schema.md says what `reconstruction` and `islands` hold"
-        raise UsageError(message, where="report", hint=hint) from error
+        hint = "docs/report-schema.md says what a report holds"
+        raise UsageError(message, where=str(path), hint=hint) from error
+
+
+def report_html(report: Report) -> str:
+    """Return a report as a page that needs nothing else."""
+    data = chart_data(report)
+    heat = heat_maps(report)
     left = list(_left_in_float(report.nodes))
     scripts = [_asset("uPlot.iife.min.js"), _asset("page.js")]
     return _template().render(

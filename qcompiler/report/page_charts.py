@@ -23,11 +23,7 @@ class HeatMap:
 
 
 def chart_data(report: Report) -> dict[str, Any]:
-    """Return the data of all charts; None in place of those that have none.
-
-    Raises:
-        KeyError, TypeError, ValueError: What the report holds has not the form it should have.
-    """
+    """Return the data of all charts; None in place of those that have none."""
     return {
         "growth": _growth(report.nodes),
         "channels": [asdict(profile) for profile in report.channels],
@@ -82,11 +78,7 @@ def _pareto(islands: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def heat_maps(report: Report) -> tuple[HeatMap, ...]:
-    """Return the heat maps of 16-bit islands, one a weight.
-
-    Raises:
-        KeyError, TypeError, ValueError: What the report holds has not the form it should have.
-    """
+    """Return the heat maps of 16-bit islands, one a weight."""
     return tuple(_heat_map(entry) for entry in (report.islands or {}).get("weights", ()))
 
 

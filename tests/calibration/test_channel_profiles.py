@@ -11,7 +11,7 @@ from qcompiler.calibration.error_growth import GrowthOptions
 from tests.support.graphs import Array, build, random_array
 
 
-def samples(*shape: int, count: int = 3) -> Samples:
+def samples(*shape: int, count: int = 2) -> Samples:
     def read() -> Iterator[Feeds]:
         for index in range(count):
             yield {"x": np.full(shape, -1.0 - index, np.float32)}
@@ -33,8 +33,8 @@ def test_data_and_weight_by_channel_before_and_after() -> None:
     found = channel_profiles(before, after, ["mm", "other"], GrowthOptions(samples(5, 2)))
     (profile,) = found
     assert (profile.node, profile.channels) == ("mm", 2)
-    assert profile.data_before == (24.0, 3.0), "descending, the largest of all calls"
-    assert profile.data_after == (6.0, 3.0)
+    assert profile.data_before == (16.0, 2.0), "descending, the largest of all calls"
+    assert profile.data_after == (4.0, 2.0)
     assert profile.weight_before == (0.5, 2.0)
     assert profile.weight_after == (2.0, 2.0)
 
@@ -51,7 +51,7 @@ def test_grouped_convolutions_keep_the_channels_of_their_data() -> None:
     (profile,) = channel_profiles(model, model, ["c"], GrowthOptions(samples(2, 4, 5, 5)))
     assert profile.channels == 4
     assert profile.weight_before == (1.0, 2.0, 3.0, 4.0)
-    assert profile.data_before == (3.0,) * 4
+    assert profile.data_before == (2.0,) * 4
 
 
 def test_many_channels_are_few_points_and_none_is_hidden() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import pytest
 from qcompiler.cli.main import main
 from qcompiler.errors import UsageError
 from qcompiler.report.files import read_report, report_json
-from qcompiler.report.page import report_html
+from qcompiler.report.page import page_of_file, report_html
 from tests.support.reports import HOSTILE, full_report
 
 
@@ -92,17 +93,28 @@ def test_a_report_read_back_gives_the_same_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken",
+    "changes",
     [
-        replace(full_report(), reconstruction={"windows": [{"name": "w"}]}),
-        replace(full_report(), reconstruction={"windows": 3}),
-        replace(full_report(), islands={"weights": [{"name": "w", "shares": [["x"]]}]}),
-        replace(full_report(), islands={"pareto": []}, reconstruction={"windows": "ab"}),
+        {"reconstruction": {"windows": [{"name": "w"}]}},
+        {"reconstruction": {"windows": 3}},
+        {"islands": {"weights": [{"name": "w", "shares": [["x"]]}]}},
+        {"islands": {"pareto": {"points": [{}]}}},
+        {"settings": {"user_passes": 3}},
+        {"metric": {"name": "m", "source": "high", "compiled": "low"}},
+        {"channels": [3]},
+        {"target": 3},
     ],
 )
-def test_data_of_the_wrong_form_is_refused(broken: object) -> None:
+def test_a_file_of_the_wrong_form_is_refused(changes: dict[str, object], tmp_path: Path) -> None:
+    content = json.loads(report_json(full_report()))
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({**content, **changes}))
+    with pytest.raises(UsageError, match=r"r\.json"):
+        page_of_file(path)
+    first = {**content["nodes"][0], "sqnr_db": "high"}
+    path.write_text(json.dumps({**content, "nodes": [first]}))
     with pytest.raises(UsageError, match="cannot be shown"):
-        report_html(broken)  # type: ignore[arg-type]
+        page_of_file(path)
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

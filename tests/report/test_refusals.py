@@ -118,4 +118,4 @@ def test_the_command_tells_and_errors_name_it(
     with pytest.raises(SystemExit) as stop:
         main([str(compiled), "-o", str(tmp_path / "d.onnx")])
     assert stop.value.code == 3
-    assert "more: qcompile explain --reason already-quantized" in capsys.readouterr().err
+    assert "more: docs/refusals.md#already-quantized, qcompile explain" in capsys.readouterr().err
