@@ -45,6 +45,11 @@ def test_options_exist(page: Path) -> None:
     assert named <= known, f"{page.name} names options that do not exist"
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert sorted(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == [p.name for p in PAGES]
+
+
 def test_the_recipe_can_be_read() -> None:
     (text,) = blocks("recipes.md", "toml")
     assert len(Recipe.from_text(text, "docs").rules) == 3
