@@ -16,6 +16,7 @@ from qcompiler.ir.load import load_model
 from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.save import SavedModel
 from qcompiler.report.files import report_json
+from qcompiler.report.page import report_html
 from qcompiler.report.records import Report
 from qcompiler.report.verdict import Verdict
 
@@ -32,6 +33,7 @@ class CompileResult:
         report: The report, as an object.
         engine_path: The engine, None where none was asked for; its manifest lies beside it.
         verdict: What the gate found; None without one.
+        page_path: The report as a page for a browser; None unless `CompileOptions.html`.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class CompileResult:
     report: Report
     engine_path: Path | None = None
     verdict: Verdict | None = None
+    page_path: Path | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -95,21 +98,26 @@ def publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Pa
     return engine.path
 
 
-def publish(saved: SavedModel, path: Path, report: Report, manifest: str) -> CompileResult:
-    """Write report and manifest beside the finished model, and rename all of it into place."""
+def publish(
+    saved: SavedModel, path: Path, report: Report, manifest: str, *, html: bool
+) -> CompileResult:
+    """Write what goes with the finished model beside it, and rename all of it into place."""
     folder = saved.path.parent
     report_path = path.with_suffix(".report.json")
     manifest_path = path.with_suffix(".manifest.json")
     data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
+    page_path = path.with_suffix(".report.html") if html else None
     texts = {report_path: report_json(report), manifest_path: manifest}
+    if page_path is not None:
+        texts[page_path] = report_html(report)
     try:
         for final, text in texts.items():
             (folder / final.name).write_text(text, encoding="utf-8")
         # The model goes last: whoever sees it finds everything it needs.
-        finished = [report_path, manifest_path, path]
+        finished = [*texts, path]
         for final in finished if data_path is None else [data_path, *finished]:
             (folder / final.name).replace(final)
     except OSError as error:
         message = f"cannot write the result: {error.strerror}"
         raise UsageError(message, where=str(path)) from error
-    return CompileResult(path, data_path, report_path, manifest_path, report)
+    return CompileResult(path, data_path, report_path, manifest_path, report, page_path=page_path)

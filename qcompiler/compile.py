@@ -19,9 +19,7 @@ from qcompiler.artefacts import (
     workspace_for,
 )
 from qcompiler.calibration.largest_call import largest_call
-from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
-from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.engine import (
     build_and_check,
     engine_warnings,
@@ -43,7 +41,7 @@ from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
 from qcompiler.ir.stored_size import stored_bytes
 from qcompiler.ir.weights import WeightStore
-from qcompiler.options import CompileOptions, Verification
+from qcompiler.options import CompileOptions
 from qcompiler.passes.lower.cast_types import CastTypes
 from qcompiler.pipeline import pipeline
 from qcompiler.plan import Plan, make_plan, with_data
@@ -54,6 +52,7 @@ from qcompiler.report.build import (
     calibration_warnings,
     kernel_warnings,
     latency_warnings,
+    metric_report,
     node_reports,
     output_checks,
     pass_reports,
@@ -65,10 +64,10 @@ from qcompiler.report.files import manifest_json
 from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
 from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
 from qcompiler.rewriting.base import PassContext, PassRecord
-from qcompiler.rewriting.manager import PassHook, PassManager
-from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+from qcompiler.rewriting.manager import PassManager
 from qcompiler.rewriting.work_folder import WorkFolder
 from qcompiler.settings import identity_of, settings_of
+from qcompiler.watching import Watching, watch
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
 
@@ -99,8 +98,8 @@ def compile_model(
         source: Path of an ONNX model, or a model in memory (it is not changed).
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
-            A model in memory needs it. Report and manifest go beside it. Where it names an engine,
-            m.engine, the model is called m.lowered.onnx.
+            A model in memory needs it. Report, page and manifest go beside it. Where it names an
+            engine, m.engine, the model is called m.lowered.onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:
@@ -136,11 +135,10 @@ def compile_model(
         if engine is not None:
             engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
         work = held.enter_context(_work_folder(digest.result, plan, options))
-        numerics = _numerics_hook(model, options)
+        watching = watch(model, plan, options, target_path.parent)
         with WeightStore(workspace) as store:
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
-            hooks = _hooks(plan, options, target_path.parent, numerics)
-            model, records = _rewritten(model, plan, PassManager(context, hooks, work), work)
+            model, records = _rewritten(model, plan, context, watching, work)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -148,6 +146,7 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
+            network = watching.network(plan, model, context)
         source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
@@ -156,7 +155,8 @@ def compile_model(
         if engine is not None:
             made = engine_workspace / "out" / engine.path.name
             built = build_and_check(engine, saved.path, model, made, progress)
-        nodes = node_reports(model, inspection.kernels if inspection else None)
+        kernels = inspection.kernels if inspection else None
+        nodes = node_reports(model, kernels, network.errors)
         report = _report(
             plan,
             source_facts,
@@ -164,30 +164,38 @@ def compile_model(
             model,
             nodes,
             records,
-            numerics,
+            watching,
             inspection,
             quality,
             latency,
             built,
             started,
         )
+        report = replace(report, channels=network.profiles, settings=settings_of(plan, options))
         verdict = _judged(plan, options, path, saved, progress)
-        manifest = _manifest(plan, options, report, verdict)
-        result = replace(publish(saved, target_path, report, manifest), verdict=verdict)
+        manifest = _manifest(plan, report, verdict)
+        result = publish(saved, target_path, report, manifest, html=options.html)
+        result = replace(result, verdict=verdict)
         if engine is None or built is None:
             return result
         return replace(result, engine_path=publish_engine(engine, engine_workspace, report))
 
 
 def _rewritten(
-    model: ir.Model, plan: Plan, manager: PassManager, work: WorkFolder | None
+    model: ir.Model,
+    plan: Plan,
+    context: PassContext,
+    watching: Watching,
+    work: WorkFolder | None,
 ) -> tuple[ir.Model, list[PassRecord]]:
     """Run the passes, those that a stopped compilation finished excepted."""
     reached = work.newest() if work else None
     done: tuple[PassRecord, ...] = ()
     if reached is not None:
         model, done = reached.model, reached.records
-    records = manager.run(model, pipeline(plan), done)
+    passes = pipeline(plan)
+    watching.missed(passes[: len(done)])
+    records = PassManager(context, watching.hooks(), work).run(model, passes, done)
     _require_something_done(model, plan, records)
     return model, records
 
@@ -219,30 +227,6 @@ def _source_file(
     return Path(source), Path(source).name
 
 
-def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
-    if options.verify is not Verification.NUMERICS:
-        return None
-    feeds = (
-        synthetic_feeds(model, seed=options.seed)
-        if options.samples is None
-        else load_feeds(options.samples, model)
-    )
-    return VerifyNumerics(feeds, options.custom_op_libraries)
-
-
-def _hooks(
-    plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
-) -> Sequence[PassHook]:
-    arguments = ["--target", plan.target.name, "--weight-range", plan.weight_range.value]
-    arguments += ["--cast-io"] if plan.cast_io else []
-    hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
-    if options.dump_ir is not None:
-        hooks.append(DumpModels(options.dump_ir))
-    if numerics is not None:
-        hooks.append(numerics)
-    return hooks
-
-
 def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassRecord]) -> None:
     """Stop when a model has no weight that could be quantized, rather than copy it.
 
@@ -258,12 +242,15 @@ def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassR
         return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
-        raise ModelError(message, hint="give the float model it was made from")
+        hint = "give the float model it was made from"
+        raise ModelError(message, hint=hint, reason="already-quantized")
     if any(value.is_initializer() for value in model.graph.inputs):
         message = "its weights are also inputs of the graph, which a caller may override"
-        raise ModelError(message, hint="export again with keep_initializers_as_inputs=False")
+        hint = "export again with keep_initializers_as_inputs=False"
+        raise ModelError(message, hint=hint, reason="weights-are-inputs")
     message = "there is no constant float weight to quantize in this model"
-    raise ModelError(message, hint="`qcompile inspect` lists its ops")
+    hint = "`qcompile inspect` lists its ops"
+    raise ModelError(message, hint=hint, reason="nothing-to-quantize")
 
 
 def _inspect(
@@ -294,6 +281,7 @@ def _inspect(
         raise TargetError(
             message,
             hint="check that it loads the source model; --no-inspect writes the result anyway",
+            reason="runtime-refuses",
         )
     return inspection
 
@@ -337,7 +325,7 @@ def _report(
     model: ir.Model,
     nodes: tuple[NodeReport, ...],
     records: Sequence[PassRecord],
-    numerics: VerifyNumerics | None,
+    watching: Watching,
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
     latency: Sequence[Timing],
@@ -370,13 +358,14 @@ def _report(
             nodes, latency, type_counts(model), seconds=time.perf_counter() - started
         ),
         nodes=nodes,
-        passes=pass_reports(records),
-        output_checks=output_checks(numerics.records if numerics else ()),
+        passes=pass_reports(records, watching.graph_changes()),
+        output_checks=output_checks(watching.comparisons()),
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
         engine=engine,
         windows=window_reports(records),
+        metric=metric_report(model),
     )
 
 
@@ -424,11 +413,11 @@ def _judged(
     return verdict
 
 
-def _manifest(plan: Plan, options: CompileOptions, report: Report, verdict: Verdict | None) -> str:
+def _manifest(plan: Plan, report: Report, verdict: Verdict | None) -> str:
     inputs = {} if plan.data is None else plan.data.samples.input_statistics()
     return manifest_json(
         report,
-        settings_of(plan, options),
+        report.settings,
         {name: entry.to_table() for name, entry in inputs.items()},
         None if verdict is None else lasting_figures(verdict),
     )

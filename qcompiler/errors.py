@@ -11,12 +11,23 @@ class QCompilerError(Exception):
         message: What is wrong and why, one sentence.
         where: The file, node, tensor or option concerned, or None.
         hint: What to do about it, or None.
+        reason: Entry of docs/refusals.md that says more, or None.
         exit_code: The process exit status of the command line.
     """
 
     exit_code = 70
+    reason: str | None = None
 
-    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        if reason is not None:
+            self.reason = reason
         self.message = message
         self.where = where
         self.hint = hint
@@ -38,24 +49,28 @@ class ModelError(QCompilerError):
     """The model is malformed, or holds something that cannot be compiled."""
 
     exit_code = 3
+    reason = "bad-model"
 
 
 class TargetError(QCompilerError):
     """The target cannot run what was asked for."""
 
     exit_code = 4
+    reason = "target-cannot"
 
 
 class ParityError(QCompilerError):
     """Outputs differ by more than was declared, or a gate failed."""
 
     exit_code = 5
+    reason = "outputs-differ"
 
 
 class InternalError(QCompilerError):
     """A pass broke a rule of its own: a defect in the compiler, not in the input."""
 
     exit_code = 70
+    reason = "defect"
 
 
 def printable(text: str) -> str:

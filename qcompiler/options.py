@@ -134,6 +134,7 @@ class CompileOptions:
             the recipe. Without data of its own it is judged on the samples of calibration.
         gate_samples: How the gate's data is read.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
+        html: Whether the report is also written as a page for a browser.
     """
 
     scheme: str | None = None
@@ -171,6 +172,7 @@ class CompileOptions:
     memory_limit: int = 64 << 20
     gate: Gate | None = None
     gate_samples: SampleOptions = field(default_factory=SampleOptions)
+    html: bool = True
 
 
 def requested_recipe(options: CompileOptions, target: Target) -> Recipe:

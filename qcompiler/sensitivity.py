@@ -166,7 +166,8 @@ def rank_sensitivity(
         candidates = find_candidates(model)
         if not candidates:
             message = "there is no op that would be quantized"
-            raise ModelError(message, hint="`qcompile inspect` lists its ops")
+            hint = "`qcompile inspect` lists its ops"
+            raise ModelError(message, hint=hint, reason="nothing-to-quantize")
         damages = _measure(model, candidates, mode, plan, context)
     return _ranking(candidates, damages, mode, plan)
 

@@ -1,8 +1,9 @@
 """Leaves the most sensitive ops out of w8a8 until the outputs are good enough."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -25,6 +26,7 @@ from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.editing import values_of
 from qcompiler.ir.provenance import (
     ACTIVATION_SQNR,
+    METRIC,
     OUTLIERS,
     PAIR_LIMIT,
     PLACEMENT,
@@ -108,8 +110,10 @@ class AssignFallbacks(Pass):
             trials = _Trials(model, self.options, scratch)
             first = trials.outcome([])
             if first.shortfall <= 0:
+                trials.note_metric(model, first)
                 return PassResult((Rewrite("bound-holds", "", trials.account(0, len(candidates))),))
             chosen = self._choose(model, candidates, trials, scratch)
+            trials.note_metric(model, trials.outcome([candidate for candidate, _ in chosen]))
         rewrites = [
             Rewrite("fall-back", node, _leave_out(model, node, text, self.options))
             for node, text in self._reasons(chosen)
@@ -162,6 +166,7 @@ class AssignFallbacks(Pass):
             options.custom_op_libraries,
         )
         found = measure_damage(model, candidates, places, measure, "ranking ops")
+        _note_sensitivity(model, candidates, found)
         pairs = list(zip(candidates, found, strict=True))
         return sorted(pairs, key=lambda pair: -pair[1].noise)
 
@@ -184,10 +189,12 @@ class _Outcome:
         shortfall: By how much it misses the bound; not positive where the bound holds. Of two
             bounds, that of the one that is missed, the SQNR first.
         text: For people.
+        score: The user's metric, if there is one.
     """
 
     shortfall: float
     text: str
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -212,6 +219,18 @@ class _Trials:
         """Say what was tried: with nothing left out, and with what was chosen."""
         return f"{count} of {of} ops left out of w8a8: {'; '.join(self._texts(count))}"
 
+    def note_metric(self, model: ir.Model, outcome: _Outcome) -> None:
+        """Write on the model what the user's metric gave, if there is one."""
+        bound = self.options.bound
+        if bound.metric is None or self.wanted is None or outcome.score is None:
+            return
+        found = {
+            "name": bound.metric.reference,
+            "source": self.wanted + bound.max_drop,
+            "compiled": outcome.score,
+        }
+        model.metadata_props[METRIC] = json.dumps(found)
+
     def _texts(self, count: int) -> Iterator[str]:
         calls = counted(len(self.reference), "held-out call") if self.reference else "the metric"
         yield f"{self.found[()].text} with none ({calls})"
@@ -232,6 +251,7 @@ class _Trials:
     def _judge(self, quantized: ir.Model) -> _Outcome:
         bound, libraries = self.options.bound, self.options.custom_op_libraries
         shortfalls, texts = [], []
+        score: float | None = None
         if bound.min_sqnr_db is not None:
             found = self._reference().sqnr_db(quantized)
             shortfalls.append(inf if found != found else bound.min_sqnr_db - found)
@@ -243,7 +263,7 @@ class _Trials:
             shortfalls.append(self.wanted - score)
             texts.append(f"{bound.metric.reference} {score:.6g} of {self.wanted:.6g}")
         missed = [shortfall for shortfall in shortfalls if shortfall > 0]
-        return _Outcome(missed[0] if missed else max(shortfalls), ", ".join(texts))
+        return _Outcome(missed[0] if missed else max(shortfalls), ", ".join(texts), score)
 
     def _reference(self) -> Reference:
         if self.reference is None:
@@ -256,6 +276,15 @@ class _Trials:
                 custom_op_libraries=self.options.custom_op_libraries,
             )
         return self.reference
+
+
+def _note_sensitivity(
+    model: ir.Model, candidates: Sequence[Candidate], found: Sequence[Damage]
+) -> None:
+    nodes = {node.name: node for node in all_nodes(model)}
+    for candidate, damage in zip(candidates, found, strict=True):
+        for name in candidate.nodes if isfinite(damage.sqnr_db) else ():
+            annotate(nodes[name], sensitivity_db=damage.sqnr_db)
 
 
 def _candidates(model: ir.Model) -> list[Candidate]:
@@ -320,4 +349,5 @@ def _out_of_reach(
         f"{bound.option} does not hold: all {count} ops in w8a8 give {first.text}, and with all of "
         f"them left out of it the outputs still have {everything.text}"
     )
-    return ParityError(message, hint="lower the bound, or keep more ops in float with --exclude")
+    hint = "lower the bound, or keep more ops in float with --exclude"
+    return ParityError(message, hint=hint, reason="bound-out-of-reach")

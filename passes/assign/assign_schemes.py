@@ -157,6 +157,7 @@ class AssignSchemes(Pass):
                 message,
                 where=node_label(site.node),
                 hint="the export is broken, or exclude the node",
+                reason="weight-not-quantizable",
             )
         in_body = site.node.graph is not main
         request = request_for(site, scheme, tied=tied, in_body=in_body, compute_type=compute_type)

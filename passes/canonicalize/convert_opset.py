@@ -56,7 +56,7 @@ class ConvertOpset(Pass):
         if highest is not None and reached > highest:
             message = f"the target loads models up to opset {highest}, not {reached}"
             hint = f"export the model with an opset up to {highest}, or choose other schemes"
-            raise TargetError(message, hint=hint)
+            raise TargetError(message, hint=hint, reason="opset")
         if not opset.convert_opset(model, wanted):
             return PassResult()
         detail = f"from opset {before} to {standard_opset(model)}"

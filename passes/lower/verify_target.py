@@ -83,7 +83,8 @@ def _check_opset(model: ir.Model, target: Target) -> None:
     if not target.opset_min <= version <= target.opset_max:
         message = f"{target.title} loads opset {target.opset_min} to {target.opset_max}, "
         message += f"and the model is at {version}"
-        raise TargetError(message, hint=f"export it with an opset up to {target.opset_max}")
+        hint = f"export it with an opset up to {target.opset_max}"
+        raise TargetError(message, hint=hint, reason="opset")
 
 
 def _check_exists(node: ir.Node, target: Target) -> None:

@@ -146,6 +146,7 @@ class InsertQdq(Pass):
                 message,
                 where=node_label(site.node),
                 hint="repair the export, or leave the node in float with --exclude",
+                reason="weight-not-quantizable",
             ) from error
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -161,3 +162,11 @@ class _Seen:
                 "no range can be calibrated on it"
             )
         return None
+
+
+def widened_feeds(feeds: Feeds) -> Feeds:
+    """Return inputs of bfloat16 as float32, for models whose floats were widened."""
+    return {
+        name: values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
+        for name, values in feeds.items()
+    }

@@ -224,7 +224,9 @@ def _run_round(
             except ValueError as error:
                 message = f"{error}, in call {index + 1} of {len(run.samples)}"
                 hint = "leave that sample out, or keep the nodes around this value in float"
-                raise ModelError(message, where=want.name, hint=hint) from error
+                raise ModelError(
+                    message, where=want.name, hint=hint, reason="values-not-finite"
+                ) from error
         del results
     return [(want.name, accumulator) for want, accumulator in gathered.items()]
 

@@ -6,12 +6,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.calibration.calls import Feeds, Samples, widened_feeds
 from qcompiler.errors import UsageError
 from qcompiler.execution.intermediates import shapes_at
 from qcompiler.execution.sessions import open_session
@@ -126,7 +125,7 @@ class ExampleCollector:
         shapes = shapes_at(
             self._model,
             list(names),
-            _wide(_largest(self._samples)),
+            widened_feeds(_largest(self._samples)),
             threads=self._threads,
             custom_op_libraries=self._libraries,
         )
@@ -173,7 +172,7 @@ class ExampleCollector:
             progress.task(task, len(self._samples)) as advance,
         ):
             for index, feeds in enumerate(self._samples):
-                results = session.run(_wide(feeds))
+                results = session.run(widened_feeds(feeds))
                 values = {tap.value: results[name] for tap, name in tapped.outputs.items()}
                 for (name, _), gatherer in groups.items():
                     gatherer.add(values[name], index)
@@ -316,14 +315,6 @@ def _data(site: Site) -> ir.Value:
     value = None if position is None else site.node.inputs[position]
     assert value is not None
     return value
-
-
-def _wide(feeds: Feeds) -> Feeds:
-    """Return inputs of bfloat16 as float32."""
-    return {
-        name: values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
-        for name, values in feeds.items()
-    }
 
 
 def _largest(samples: Samples) -> Feeds:

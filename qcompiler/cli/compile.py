@@ -60,6 +60,9 @@ from qcompiler.cli.options import (
     help="Keep unfinished work there; the same command goes on where it was stopped.",
 )
 @click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option(
+    "--html/--no-html", default=True, show_default=True, help="Write the report as a page, too."
+)
 @click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
 @click.option(
     "--external-data/--no-external-data",
@@ -92,6 +95,7 @@ def command(
     from qcompiler.bounds import gate_from_texts
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
+    from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
@@ -131,6 +135,8 @@ def command(
         click.echo(report_json(result.report), nl=False)
         return
     print_report(result.report, result.path)
+    if result.page_path is not None:
+        click.echo(f"wrote {printable(str(result.page_path))}, the report as a page")
     if options.scheme is None and options.recipe is None and calibration is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "

@@ -14,7 +14,9 @@ from qcompiler.errors import QCompilerError, printable
 _COMMANDS = {
     "compile": ("qcompiler.cli.compile", "Compile a model (what `qcompile MODEL` does)."),
     "inspect": ("qcompiler.cli.inspect", "List a model's ops, quantizable sites and blocks."),
-    "explain": ("qcompiler.cli.explain", "Say what a node of a compiled model got, and why."),
+    "explain": ("qcompiler.cli.explain", "Say what a node became: why, at which cost."),
+    "diff": ("qcompiler.cli.diff", "Say how two compiled models differ, node by node."),
+    "report": ("qcompiler.cli.report", "Write a report as a page for a browser."),
     "check": ("qcompiler.cli.check", "Hold a compiled model against bounds: a step for CI."),
     "export": ("qcompiler.cli.export", "Write a PyTorch module or checkpoint as ONNX."),
     "sensitivity": ("qcompiler.cli.sensitivity", "Rank ops by what quantizing them costs."),
@@ -141,6 +143,9 @@ def _show(error: Exception, show_traceback: bool) -> None:
         click.echo(printable(f"error: {place}{error.message}"), err=True)
         if error.hint:
             click.echo(printable(f"  hint: {error.hint}"), err=True)
+        if error.reason:
+            where = f"docs/refusals.md#{error.reason}"
+            click.echo(f"  more: {where}, qcompile explain --reason {error.reason}", err=True)
         return
     click.echo(printable(f"internal error: {type(error).__name__}: {error}"), err=True)
     click.echo("  hint: a defect in qcompiler; --traceback shows where, please report it", err=True)

@@ -145,7 +145,7 @@ class ExternalFiles:
         return int(text)
 
     def _fault(self, message: str, hint: str) -> ModelError:
-        return ModelError(message, where=self._where, hint=hint)
+        return ModelError(message, where=self._where, hint=hint, reason="external-data")
 
 
 def _entries(tensor: onnx.TensorProto) -> dict[str, str]:

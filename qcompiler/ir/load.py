@@ -94,7 +94,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
         if size > _MAX_PROTO_BYTES:
             hint = "save it with external data: onnx.save(model, path, save_as_external_data=True)"
             message = "is larger than a protobuf message can be"
-            raise ModelError(message, where=where, hint=hint)
+            raise ModelError(message, where=where, hint=hint, reason="too-large-for-one-file")
         data = path.read_bytes()
     except OSError as error:
         message = f"cannot be read: {error.strerror or error}"

@@ -93,7 +93,8 @@ def _convert_node(node: ir.Node, start: int, version: int, taken: set[str]) -> N
             message = f"{op_type} cannot be converted from opset {start} to {version}: "
             message += f"opset {reached} changed it, and {error}"
             hint = f"export the model with opset {reached} or later"
-            raise ModelError(message, where=f"node {title!r}", hint=hint) from error
+            where = f"node {title!r}"
+            raise ModelError(message, where=where, hint=hint, reason="opset") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def _open_input(tensor: ir.ExternalTensor) -> Iterator[FileIO]:
 
 def _changed(tensor: ir.ExternalTensor, message: str) -> ModelError:
     hint = "keep the model's data files unchanged while it is compiled"
-    return ModelError(message, where=tensor.path, hint=hint)
+    return ModelError(message, where=tensor.path, hint=hint, reason="external-data")
 
 
 def write_model(
@@ -166,7 +166,8 @@ def write_model(
     envelope = proto.SerializeToString(deterministic=True)
     if size + len(envelope) + 16 >= 1 << 31:
         message = "the model is too large for one file: a protobuf message ends at 2 GiB"
-        raise ModelError(message, hint="save it with external data")
+        hint = "save it with external data"
+        raise ModelError(message, hint=hint, reason="too-large-for-one-file")
     stream.write(envelope + _tag(onnx.ModelProto, "graph") + _varint(size) + body)
     for name, header in headers.items():
         tensor = streamed[name]

@@ -164,7 +164,7 @@ def _read_external(
     except (OSError, EOFError) as error:
         message = f"external data of {tensor.name!r} cannot be read: {error}"
         hint = "keep the model's data files unchanged while it is compiled"
-        raise ModelError(message, where=tensor.path, hint=hint) from error
+        raise ModelError(message, where=tensor.path, hint=hint, reason="external-data") from error
     return result.reshape(-1)
 
 

@@ -87,7 +87,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
             break
         if damping >= _MOST_DAMPING or not torch.isfinite(mean).all():
             message = "the products of its data hold NaN or infinity, or overflow"
-            raise ModelError(message)
+            raise ModelError(message, reason="weight-not-quantizable")
         damping = min(_MOST_DAMPING, max(10 * damping, 1e-6))
     factor = lower.flip(-2, -1)
     del lower

@@ -220,7 +220,9 @@ class _ModelRounder:
         except ModelError as error:
             message = f"{error.message}, so that its weight cannot be rounded"
             where = node_label(weight.sites[0].node)
-            raise ModelError(message, where=where, hint="look at the samples") from error
+            raise ModelError(
+                message, where=where, hint="look at the samples", reason=error.reason
+            ) from error
         self._stand_in(weight, rounded.values)
         if rounded.changed or mask is not None:
             _write(weight, rounded, self._store)

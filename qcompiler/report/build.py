@@ -1,5 +1,6 @@
 """Makes a report from the finished graph and what the passes recorded."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,16 +8,19 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.calls import warnings as sample_warnings
+from qcompiler.calibration.error_growth import NodeError
 from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
 from qcompiler.execution.process_memory import peak_memory
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.provenance import COMPUTE_TYPE, OBSERVER, facts_of, origins_of
+from qcompiler.ir.provenance import COMPUTE_TYPE, METRIC, OBSERVER, facts_of, origins_of
 from qcompiler.report.compute_types import TypeCounts, compute_type_of
 from qcompiler.report.records import (
     CalibrationReport,
+    ChangeReport,
+    MetricReport,
     NodeReport,
     OutputCheck,
     PassReport,
@@ -26,20 +30,30 @@ from qcompiler.report.records import (
     WindowReport,
 )
 from qcompiler.rewriting.base import PassRecord
+from qcompiler.rewriting.graph_changes import GraphChange
 from qcompiler.rewriting.window_record import WindowRewrite
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
 _KERNEL_LOSS_DB = 1.0
+_STAYS_IN_FLOAT = "stays-in-float"
+"""The rule of ops between quantized values that have no weight to give a scheme to."""
+_NO_ERROR = NodeError(None, None)
 
 
-def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple[NodeReport, ...]:
+def node_reports(
+    model: ir.Model,
+    kernels: Mapping[str, Kernel] | None,
+    errors: Mapping[str, NodeError] | None = None,
+) -> tuple[NodeReport, ...]:
     """Read what was decided from the nodes' metadata.
 
     Args:
         model: The compiled model.
         kernels: What the runtime runs, by node name; None if nobody looked.
+        errors: How far data and results are from the float model's, by its node names.
     """
+    known = errors or {}
     found: list[NodeReport] = []
     compute = model.metadata_props.get(COMPUTE_TYPE)
     for node in all_nodes(model):
@@ -55,13 +69,15 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
         looked_for = kernels is not None and scheme not in ("float", "a8")
         missing = _MERGED if looked_for else None
         before = int(facts.get("weight_bytes_before", 0))
+        names = (node.name or "", *origins_of(node))
+        error = next((known[name] for name in names if name in known), _NO_ERROR)
         found.append(
             NodeReport(
                 name=_source_name(node),
                 origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
-                rule=facts.get("rule", ""),
+                rule=facts.get("rule") or _STAYS_IN_FLOAT,
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
                 equalized=facts.get("equalized"),
@@ -77,6 +93,9 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 integer_kernel=kernel.integer if kernel else None,
                 compute_type=compute_type_of(node, compute),
                 type_reason=facts.get("type_reason"),
+                data_sqnr_db=_decibels_or_none(error.data_db),
+                output_sqnr_db=_decibels_or_none(error.output_db),
+                sensitivity_db=_number(facts.get("sensitivity_db")),
             )
         )
     return tuple(found)
@@ -124,6 +143,12 @@ def calibration_warnings(samples: Samples, quality: Sequence[OutputQuality]) -> 
     return tuple(found)
 
 
+def metric_report(model: ir.Model) -> MetricReport | None:
+    """Read what a metric of the user's gave, if there was one."""
+    text = model.metadata_props.get(METRIC)
+    return None if text is None else MetricReport(**json.loads(text))
+
+
 def latency_warnings(latency: Sequence[Timing]) -> tuple[str, ...]:
     """Say when the result is slower than its source.
 
@@ -143,6 +168,10 @@ def latency_warnings(latency: Sequence[Timing]) -> tuple[str, ...]:
 
 def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
+
+
+def _decibels_or_none(value: float | None) -> float | None:
+    return None if value is None else _decibels(value)
 
 
 def _decibels(value: float) -> float | None:
@@ -180,8 +209,16 @@ def kernel_warnings(nodes: Sequence[NodeReport]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
-    """Turn the manager's records into the report's."""
+def pass_reports(
+    records: Sequence[PassRecord], changes: Sequence[GraphChange]
+) -> tuple[PassReport, ...]:
+    """Turn the manager's records, and what happened to the graph, into the report's.
+
+    Args:
+        records: One a pass.
+        changes: Of the last of them; the others ran before a stopped compilation went on.
+    """
+    seen = [*[None] * (len(records) - len(changes)), *changes]
     return tuple(
         PassReport(
             record.name,
@@ -190,8 +227,12 @@ def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
             round(record.seconds, 3),
             len(record.rewrites),
             tuple(SkipReport(skip.rule, skip.node, skip.reason) for skip in record.skips),
+            _changes(record),
+            change.nodes if change else None,
+            change.ops if change else {},
+            change.removed if change else (),
         )
-        for record in records
+        for record, change in zip(records, seen, strict=True)
     )
 
 
@@ -212,6 +253,14 @@ def window_reports(records: Iterable[PassRecord]) -> tuple[WindowReport, ...]:
         for window in rewrites
         if isinstance(window, WindowRewrite)
     )
+
+
+def _changes(record: PassRecord) -> tuple[ChangeReport, ...]:
+    """Put together what was done in the same way."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for rewrite in record.rewrites:
+        groups.setdefault((rewrite.rule, rewrite.detail), []).append(rewrite.node)
+    return tuple(ChangeReport(*key, tuple(nodes)) for key, nodes in groups.items())
 
 
 def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:

@@ -8,13 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from qcompiler.calibration.channel_profiles import ChannelProfile
 from qcompiler.errors import UsageError
 from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
     CalibrationReport,
+    ChangeReport,
     EngineReport,
     FileFacts,
+    MetricReport,
     NodeReport,
     OutputCheck,
     PassReport,
@@ -73,17 +76,36 @@ def _report(content: dict[str, Any]) -> Report:
                 NodeReport(**{**node, "origins": tuple(node["origins"])})
                 for node in content["nodes"]
             ),
-            "passes": tuple(
-                PassReport(**{**p, "skips": tuple(SkipReport(**s) for s in p["skips"])})
-                for p in content["passes"]
-            ),
+            "passes": tuple(_pass(record) for record in content["passes"]),
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "engine": _engine(content.get("engine")),
             "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
+            "metric": MetricReport(**metric) if (metric := content.get("metric")) else None,
+            "channels": tuple(_profile(entry) for entry in content.get("channels", ())),
         }
     )
+
+
+def _pass(content: dict[str, Any]) -> PassReport:
+    changes = (
+        ChangeReport(entry["rule"], entry["detail"], tuple(entry["nodes"]))
+        for entry in content.get("changes", ())
+    )
+    return PassReport(
+        **{
+            **content,
+            "skips": tuple(SkipReport(**skip) for skip in content["skips"]),
+            "changes": tuple(changes),
+            "removed": tuple(content.get("removed", ())),
+        }
+    )
+
+
+def _profile(content: dict[str, Any]) -> ChannelProfile:
+    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+    return ChannelProfile(**{**content, **lists})
 
 
 def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:

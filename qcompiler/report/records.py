@@ -1,6 +1,10 @@
 """What a report holds. The JSON form has the same names; docs/report-schema.md explains it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompiler.calibration.channel_profiles import ChannelProfile
 
 SCHEMA = "qcompiler-report"
 SCHEMA_VERSION = 1
@@ -54,6 +58,11 @@ class NodeReport:
             the error of its product on samples; None where they were not looked at.
         compute_type: The float type it computes in; None where the model was not cast.
         type_reason: Why that is float32, None where it is not, or was not chosen.
+        data_sqnr_db: SQNR of the data it reads against the float model's, on samples and with the
+            runtime's optimizations off, dB; None where that was not measured, or nothing differs.
+        output_sqnr_db: The same of its result: the error of all ops up to it.
+        sensitivity_db: SQNR that quantizing it alone leaves, of those ops that were ranked; for
+            the worst at the outputs, for others a few blocks behind them.
     """
 
     name: str
@@ -76,6 +85,9 @@ class NodeReport:
     equalized: str | None = None
     compute_type: str | None = None
     type_reason: str | None = None
+    data_sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
+    sensitivity_db: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -98,6 +110,21 @@ class SkipReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeReport:
+    """What a pass did in one way at some nodes.
+
+    Attributes:
+        rule: Short name of what was done.
+        detail: What the change was; may be empty.
+        nodes: The nodes, in graph order.
+    """
+
+    rule: str
+    detail: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PassReport:
     """What one pass did.
 
@@ -108,6 +135,11 @@ class PassReport:
         seconds: Wall time of the pass itself.
         rewrites: Number of changes.
         skips: What it refused, with reasons.
+        changes: What it did, with details.
+        nodes: Nodes of the model afterwards; None, as the two below are empty, of a pass that ran
+            before a stopped compilation went on, and in reports of older versions.
+        ops: By op type, how many more nodes there are than before it.
+        removed: Names of nodes that are gone and that no pass had made.
     """
 
     name: str
@@ -116,6 +148,10 @@ class PassReport:
     seconds: float
     rewrites: int
     skips: tuple[SkipReport, ...]
+    changes: tuple[ChangeReport, ...] = ()
+    nodes: int | None = None
+    ops: Mapping[str, int] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +339,27 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricReport:
+    """A measure of the user's own, higher is better.
+
+    Attributes:
+        name: The function, `module:function`.
+        source: Of the float model.
+        compiled: Of the result.
+    """
+
+    name: str
+    source: float
+    compiled: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a compilation has to say."""
+    """Everything a compilation has to say.
+
+    `settings` is what decides the result beside the recipe, as the manifest has it; `islands` holds
+    what docs/report-schema.md says, as plain JSON values.
+    """
 
     qcompiler: str
     target: str
@@ -320,5 +375,9 @@ class Report:
     calibration: CalibrationReport | None = None
     engine: EngineReport | None = None
     windows: tuple[WindowReport, ...] = ()
+    metric: MetricReport | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    channels: tuple[ChannelProfile, ...] = ()
+    islands: Mapping[str, Any] | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

@@ -12,7 +12,6 @@ from qcompiler.errors import printable
 from qcompiler.report.records import (
     EngineReport,
     NodeReport,
-    PassReport,
     QualityReport,
     Report,
 )
@@ -51,7 +50,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in (*_calibration(report), *_engine(report.engine)):
+    for line in (*calibration_lines(report), *engine_lines(report.engine)):
         console.print(escape(line), highlight=False)
     for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
@@ -62,7 +61,8 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
-def _calibration(report: Report) -> Iterator[str]:
+def calibration_lines(report: Report) -> Iterator[str]:
+    """Yield what ranges come from, and how near the outputs stayed."""
     calibration, compute = report.calibration, report.summary.compute_type
     if calibration is None:
         return
@@ -76,7 +76,8 @@ def _calibration(report: Report) -> Iterator[str]:
         )
 
 
-def _engine(engine: EngineReport | None) -> Iterator[str]:
+def engine_lines(engine: EngineReport | None) -> Iterator[str]:
+    """Yield what is known of an engine, if there is one."""
     if engine is None:
         return
     where = f" for {', '.join(engine.capabilities)}" if engine.capabilities else ""
@@ -244,49 +245,6 @@ def _slowest(report: Report) -> str:
     passes = sorted(report.passes, key=lambda record: -record.seconds)[:_PASSES_SHOWN]
     times = ", ".join(f"{record.name} {record.seconds:.2f} s" for record in passes)
     return f"of {len(report.passes)} passes the longest: {times}"
-
-
-def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]:
-    """Yield all that is known of a node, one line a fact."""
-    yield f"{node.name} ({node.op_type})"
-    others = [name for name in node.origins if name != node.name]
-    if others:
-        yield f"  also     {', '.join(others)}"
-    yield f"  scheme   {node.scheme}"
-    if node.rule or node.reason:
-        yield f"  rule     {node.rule}"
-        yield f"  reason   {node.reason}"
-    if node.compute_type is not None:
-        because = f", since {node.type_reason}" if node.type_reason else ""
-        yield f"  computes in {node.compute_type}{because}"
-    yield from _activations(node)
-    if node.weight is not None:
-        yield f"  weight   {node.weight}: {node.elements} elements"
-        yield (
-            f"  size     {size(node.bytes_before)} -> {size(node.bytes_after)}, "
-            f"{node.bits_per_weight:.2f} bits per element"
-        )
-    if node.sqnr_db is not None:
-        yield f"  SQNR     {node.sqnr_db:.1f} dB (weight against its quantized form)"
-    if node.kernel is not None:
-        yield f"  kernel   {node.kernel}"
-    for record in passes:
-        for skip in record.skips:
-            if skip.node == node.name and skip.reason not in (node.reason, node.type_reason):
-                yield f"  {record.name} left it alone ({skip.rule}): {skip.reason}"
-
-
-def _activations(node: NodeReport) -> Iterator[str]:
-    """Yield what is known of a node's data."""
-    if node.equalized is not None:
-        yield f"  scaled   {node.equalized}"
-    if node.placement is not None:
-        yield f"  placed   by rule {node.placement}, in integer region {node.region}"
-    if node.float_ms is not None and node.quantized_ms is not None:
-        yield (
-            f"  latency  {node.float_ms:.3f} ms in float, {node.quantized_ms:.3f} ms quantized "
-            "(its region and what shares its inputs)"
-        )
 
 
 def print_inspection(found: dict[str, Any], console: Console | None = None) -> None:

@@ -41,6 +41,7 @@ def test_compile_writes_model_report_and_manifest(run: Run, digits: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out.manifest.json",
         "out.onnx",
+        "out.report.html",
         "out.report.json",
     ]
     assert "6 of 8 weight ops quantized" in out
@@ -92,7 +93,7 @@ def test_explain_works_without_a_report(run: Run, digits: Path, tmp_path: Path) 
     (tmp_path / "out.report.json").unlink()
     status, out, _ = run("explain", tmp_path / "out.onnx", "node_linear*")
     assert status == 0
-    assert out.count("scheme") == 3
+    assert out.count("\n  scheme ") == 3
 
 
 def test_inspect_lists_sites_and_blocks(run: Run, digits: Path) -> None:

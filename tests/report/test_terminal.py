@@ -16,7 +16,7 @@ from qcompiler.report.records import (
     Summary,
     UnplannedWeight,
 )
-from qcompiler.report.terminal import explanation, print_report, size
+from qcompiler.report.terminal import print_report, size
 
 
 def _report(count: int) -> Report:
@@ -77,14 +77,6 @@ def test_a_large_model_has_a_row_for_every_kind() -> None:
     assert "layer[50]" not in text
 
 
-def test_an_explanation_holds_all_that_is_known() -> None:
-    report = _report(1)
-    node = replace(report.nodes[0], origins=("layer[0]", "twin"))
-    text = "\n".join(explanation(node, report.passes))
-    for fact in ("twin", "matmul-nbits-4", "21.5 dB", "5.12 bits", "computed at run time"):
-        assert fact in text
-
-
 def test_sizes_have_units() -> None:
     assert [size(n) for n in (5, 2048, 3 << 20, 5 << 30)] == [
         "5 B",
@@ -105,8 +97,6 @@ def test_latency_is_shown_where_it_was_measured() -> None:
     text = _printed(replace(report, nodes=nodes, summary=summary))
     assert "latency 8.00 ms -> 6.00 ms on the largest sample, 0.76 of float's time" in text
     assert "regions: 2 ops w8a8:sym, 1 ops float" in text
-    told = "\n".join(explanation(nodes[0], ()))
-    assert "2.000 ms in float, 1.250 ms quantized" in told
 
 
 def test_types_are_told_with_their_reasons() -> None:
@@ -121,8 +111,6 @@ def test_types_are_told_with_their_reasons() -> None:
     assert "7 ops compute in float16, 20 stay in float32; Casts added between them: 3" in text
     assert "float32: 4 (layer[16], layer[17], layer[18], ...): reason 8" in text
     assert "float32: 2 more, for other reasons" in text
-    told = "\n".join(explanation(nodes[0], ()))
-    assert "computes in float32, since reason 0" in told
 
 
 def test_an_engine_and_the_weights_in_it() -> None:

@@ -12,10 +12,11 @@ from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import Metric, OutputBound, Run
 from qcompiler.calibration.quality import Reference
 from qcompiler.errors import ParityError, UsageError
-from qcompiler.ir.provenance import PAIR_LIMIT, PLACEMENT, RANGE, REASON, SCHEME
+from qcompiler.ir.provenance import PAIR_LIMIT, PLACEMENT, RANGE, REASON, SCHEME, SENSITIVITY
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.pipeline import pass_named, quantizing_passes
 from qcompiler.plan import Plan
+from qcompiler.report.build import metric_report
 from qcompiler.rewriting.base import PassResult
 from tests.support.graphs import node_named, op_types, serialized
 from tests.support.rewrites import run_pass
@@ -140,7 +141,14 @@ def test_a_metric_of_the_users_bounds_too(tmp_path: Path) -> None:
     bound = OutputBound(None, Metric("m:closeness", closeness), wanted * 1.01)
     run_pass(fallbacks(plan, bound), model, tmp_path)
     assert left_out(model) == [SENSITIVE]
-    assert "--max-metric-drop" in node_named(model, SENSITIVE).metadata_props[REASON]
+    node = node_named(model, SENSITIVE)
+    assert "--max-metric-drop" in node.metadata_props[REASON]
+    assert float(node.metadata_props[SENSITIVITY]) < 25, "of what was ranked, it is the worst"
+    told = metric_report(model)
+    assert told is not None
+    assert told.name == "m:closeness"
+    assert told.source == pytest.approx(0, abs=1e-6)
+    assert -wanted * 1.01 <= told.compiled < 0
 
 
 def _metric_of(

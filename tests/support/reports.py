@@ -1,0 +1,99 @@
+"""A report with something of everything, made by hand."""
+
+from qcompiler.calibration.channel_profiles import ChannelProfile
+from qcompiler.report.records import (
+    CalibrationReport,
+    ChangeReport,
+    FileFacts,
+    MetricReport,
+    NodeReport,
+    PassReport,
+    QualityReport,
+    Report,
+    SkipReport,
+    Summary,
+    WindowReport,
+)
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+)
+"""A name that becomes markup, and runs, wherever a page does not escape it."""
+
+
+def node_report(
+    name: str, scheme: str = "w8a8:sym", *, result_db: float | None = 30.0
+) -> NodeReport:
+    """Return an op with a weight of 1,000 elements."""
+    return NodeReport(
+        name=name,
+        origins=(name,),
+        op_type="MatMul",
+        scheme=scheme,
+        rule="qlinear-matmul" if scheme != "float" else "conv-low-bit",
+        reason=f"reason of {name}",
+        weight=f"{name}.weight",
+        elements=1000,
+        bytes_before=4000,
+        bytes_after=4000 if scheme == "float" else 1010,
+        sqnr_db=None if scheme == "float" else 40.0,
+        kernel="QLinearMatMul" if scheme != "float" else None,
+        integer_kernel=scheme != "float" or None,
+        data_sqnr_db=35.0,
+        output_sqnr_db=result_db,
+    )
+
+
+def full_report(*names: str) -> Report:
+    """Return a report with every section; its ops have these names, the last one is float."""
+    names = names or ("first", "second", "third")
+    last = names[-1]
+    nodes = [node_report(name, result_db=30.0 - index) for index, name in enumerate(names[:-1])]
+    nodes.append(node_report(last, "float", result_db=None))
+    return Report(
+        qcompiler="1.2.3",
+        target="onnxruntime",
+        recipe='version = 1\ndefault = "w8a8"\n',
+        source=FileFacts(f"{names[0]}.onnx", 8 << 20, "ab" * 32, 21),
+        output=FileFacts(f"{names[0]}.w8a8.onnx", 2 << 20, "cd" * 32, 21),
+        summary=Summary(3, 2, 12000, 6020, 8.08, 16.05, 40.0, 2, 1 << 28, 12.5, 4.0, 3.0, 0.75),
+        nodes=tuple(nodes),
+        passes=(
+            PassReport(
+                *("assign-schemes", "assigned", "exact", 0.25, 1),
+                (SkipReport("conv-low-bit", last, f"no kernel for {last}"),),
+                (ChangeReport("assign", f"as {names[0]} asks", names),),
+                12,
+                {"MatMul": 1},
+                (names[0],),
+            ),
+            PassReport("insert-qdq", "qdq", "lossy", 1.5, 0, ()),
+        ),
+        output_checks=(),
+        warnings=(f"a warning about {names[0]}",),
+        runtime="onnxruntime 1.32.0",
+        calibration=CalibrationReport(
+            "4 calls", 4, "ef" * 32, False, "mse", (QualityReport(names[0], 24.5, 25.0),)
+        ),
+        metric=MetricReport("mine:accuracy", 0.81, 0.805),
+        settings={"weight_range": "mse", "metric": "mine:accuracy", "user_passes": ["my:pass"]},
+        channels=(
+            ChannelProfile(
+                names[0], 3, (8.0, 2.0, 1.0), (3.0, 2.0, 1.5), (0.1, 0.2, 0), (0.3, 0.2, 0)
+            ),
+        ),
+        windows=(
+            WindowReport(names[0], 2.0, 0.5, True, 1000, 40, 3.5, 1 << 20),
+            WindowReport("window 2", None, 0.25, False, 1000, 0, 3.5, 1 << 20),
+        ),
+        islands={
+            "weights": [{"name": names[0], "shares": [[0.0, 0.01], [0.02, 0.0]]}],
+            "pareto": {
+                "metric": "perplexity",
+                "points": [
+                    {"bits": 3.0, "value": 9.0, "label": names[0]},
+                    {"bits": 2.2, "value": 12.0, "label": "b"},
+                ],
+            },
+        },
+    )
