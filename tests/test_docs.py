@@ -16,7 +16,10 @@ from qcompiler.quant.recipe import Recipe
 from tests.support.graphs import op_types
 
 ROOT = Path(__file__).parent.parent
-OTHERS = {"--save-inputs", "--update-golden"}
+OTHERS = {
+    *("--save-inputs", "--update-golden", "--no-cache-dir", "--rm"),
+    *("--fp16", "--int8", "--stronglyTyped"),
+}
 """Options of other programs."""
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -41,7 +44,7 @@ def _options() -> Iterator[str]:
 def test_options_exist(page: Path) -> None:
     known = set(_options()) | OTHERS
     lines = [line for line in page.read_text().splitlines() if "python -m" not in line]
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][A-Za-z0-9-]+", "\n".join(lines)))
     assert named <= known, f"{page.name} names options that do not exist"
 
 

@@ -127,6 +127,8 @@ class GateFailedError(ParityError):
         verdict: What the gate found.
     """
 
+    reason = "gate-failed"
+
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
         first = verdict.failed[0]

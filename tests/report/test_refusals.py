@@ -12,6 +12,7 @@ from qcompiler.cli.main import main
 from qcompiler.errors import QCompilerError
 from qcompiler.pipeline import PASSES
 from qcompiler.report.refusals import catalogue, meaning_of_rule
+from qcompiler.report.verdict import GateFailedError
 from qcompiler.targets.registry import TARGETS
 from tests.support.graphs import build, random_array
 
@@ -38,6 +39,7 @@ def _rules_of_skips(tree: ast.Module) -> Iterator[str]:
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
             and node.func.id == "Skip"
+            and node.args
         ):
             rule = node.args[0]
             if isinstance(rule, ast.Constant):
@@ -62,7 +64,7 @@ def _reasons_of_errors(tree: ast.Module) -> Iterator[str]:
 
 
 def _classes() -> Iterator[type[QCompilerError]]:
-    for member in vars(errors).values():
+    for member in (*vars(errors).values(), GateFailedError):
         if isinstance(member, type) and issubclass(member, QCompilerError):
             yield member
 
