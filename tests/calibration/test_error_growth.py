@@ -9,6 +9,7 @@ import pytest
 
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.error_growth import GrowthOptions, NodeError, error_growth
+from qcompiler.ir.provenance import COMPUTE_TYPE
 from qcompiler.progress import SilentProgress
 from tests.support.graphs import Array, build, random_array
 
@@ -71,6 +72,17 @@ def test_models_of_16_bit_floats(dtype: type, name: str) -> None:
     reference, other = chain(EYE.astype(dtype), name), chain((EYE * 2).astype(dtype), name)
     found = error_growth(reference, other, GrowthOptions(samples(dtype=dtype)))
     assert found["b"].output_db == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_a_cast_model_stores_is_rounded() -> None:
+    model = chain(EYE)
+    cast = chain(EYE.astype(np.float16), "float16")
+    cast.metadata_props[COMPUTE_TYPE] = "float16"
+    for node in cast.graph:
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    found = error_growth(model, cast, GrowthOptions(samples()))
+    assert found["a"].output_db is not None
+    assert 60 < found["a"].output_db < 90
 
 
 def test_values_that_are_gone_are_left_out() -> None:

@@ -10,6 +10,7 @@ from qcompiler.compile import compile_model
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.report.explanation import Subject, explanations
+from qcompiler.report.records import EngineReport, UnplannedWeight
 from tests.support.calibrated import compile_calibrated
 from tests.support.graphs import build, random_array
 from tests.support.reports import node_report
@@ -97,6 +98,10 @@ def test_a_folded_node_is_told_with_what_it_became_and_the_way_out_of_float(tmp_
         ({"integer_kernel": False}, "no integer kernel runs it"),
         ({"scheme": "w4a16:b128", "sqnr_db": 12.0}, "--reconstruct gptq"),
         ({"data_sqnr_db": 20.0, "output_sqnr_db": 19.9}, "arrives with its data"),
+        (
+            {"compute_type": "float32", "type_reason": "it overflows"},
+            "in float32, since it overflows",
+        ),
         ({"weight": None, "scheme": "a8"}, "it follows the ops around it"),
     ],
 )
@@ -104,6 +109,28 @@ def test_what_would_change_it(changes: dict[str, object], wanted: str) -> None:
     model = build("g (float[2] x) => (float[2] y) { [it] y = Relu(x) }")
     entry = replace(node_report("it"), **changes)  # type: ignore[arg-type]
     assert wanted in told(Subject(model, [entry]), "it")
+
+
+def test_weights_that_an_engine_holds_otherwise(subject: Subject) -> None:
+    initializers = subject.model.graph.initializers.values()
+    (stored,) = [
+        v.name or ""
+        for v in initializers
+        if v.const_value and v.const_value.shape == (64, 64) and (v.name or "").startswith("v")
+    ]
+    other = (
+        UnplannedWeight(stored, "INT8", "FLOAT", 4096, 16384),
+        UnplannedWeight("another", "INT8", None, 64, None),
+    )
+    engine = EngineReport(
+        *("m.engine", 3 << 20, "0", "TensorRT-RTX", "1.7", ("SM86",), 2.5, 40, 2 << 20, 9, 7),
+        other,
+        (),
+    )
+    text = told(replace(subject, engine=engine), "second")
+    assert f"engine    {stored}: planned as INT8, found as FLOAT" in text
+    assert "another" not in text
+    assert "engine  " not in told(replace(subject, engine=engine), "first")
 
 
 def test_a_pattern_that_is_no_expression_is_refused(subject: Subject) -> None:

@@ -45,6 +45,13 @@ def test_every_part_of_the_report_is_on_the_page() -> None:
         *("a warning about first", "reason of second", "QLinearMatMul", "assign-schemes"),
         *("default = &#34;w8a8&#34;", "--metric mine:accuracy", "--user-pass my:pass", "ab" * 32),
         *('id="accuracy"', 'id="windows"', 'id="islands"', 'id="channels"', 'id="float"'),
+        *("8 of 9 weights as planned", "planned as INT8, found as FLOAT16", "first is slow"),
+        *(
+            "31",
+            "ops compute in float16, 5 in float32",
+            "Computes in float32, since range of second",
+        ),
+        *("window 2 (not kept)", "calibrated by mse on 4 calls"),
         *("+1 MatMul", "as first asks", "no kernel for third", "The MIT License"),
     )
     for part in expected:

@@ -45,8 +45,11 @@ class _Users(_Lossy):
     written_by_user: ClassVar[bool] = True
 
 
-def kept(passes: Sequence[Pass], folder: Path) -> tuple[str | None, str | None]:
+def kept(
+    passes: Sequence[Pass], folder: Path, missed: Sequence[Pass] = ()
+) -> tuple[str | None, str | None]:
     hook = KeepFloatModels("equalize")
+    hook.missed(missed)
     with WeightStore(folder) as store:
         model = build("start (float[2] x) => (float[2] y) { y = Relu(x) }")
         PassManager(PassContext(store), [hook]).run(model, passes)
@@ -58,6 +61,12 @@ def test_the_models_before_equalization_and_before_loss_are_kept(tmp_path: Path)
     passes = [_Users(), _Exact(), _Equalize(), _Exact(), _Lossy(), _Equalize(), _Lossy()]
     assert kept(passes, tmp_path) == ("exact", "exact")
     assert kept([_Equalize(), _Lossy()], tmp_path) == ("start", "equalize")
+
+
+def test_models_from_before_what_was_missed_are_not_kept(tmp_path: Path) -> None:
+    assert kept([_Lossy()], tmp_path, [_Exact()]) == ("start", "start")
+    assert kept([_Lossy()], tmp_path, [_Equalize()]) == (None, "start")
+    assert kept([_Lossy()], tmp_path, [_Users(), _Equalize(), _Lossy()]) == (None, None)
 
 
 def test_without_equalization_both_are_the_same(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from qcompiler.calibration.channel_profiles import ChannelProfile
 from qcompiler.report.records import (
     CalibrationReport,
     ChangeReport,
+    EngineReport,
     FileFacts,
     MetricReport,
     NodeReport,
@@ -12,6 +13,7 @@ from qcompiler.report.records import (
     Report,
     SkipReport,
     Summary,
+    UnplannedWeight,
     WindowReport,
 )
 
@@ -41,6 +43,8 @@ def node_report(
         integer_kernel=scheme != "float" or None,
         data_sqnr_db=35.0,
         output_sqnr_db=result_db,
+        compute_type="float32",
+        type_reason=f"range of {name}",
     )
 
 
@@ -56,7 +60,10 @@ def full_report(*names: str) -> Report:
         recipe='version = 1\ndefault = "w8a8"\n',
         source=FileFacts(f"{names[0]}.onnx", 8 << 20, "ab" * 32, 21),
         output=FileFacts(f"{names[0]}.w8a8.onnx", 2 << 20, "cd" * 32, 21),
-        summary=Summary(3, 2, 12000, 6020, 8.08, 16.05, 40.0, 2, 1 << 28, 12.5, 4.0, 3.0, 0.75),
+        summary=Summary(
+            *(3, 2, 12000, 6020, 8.08, 16.05, 40.0, 2, 1 << 28, 12.5, 4.0, 3.0, 0.75),
+            *("float16", 31, 5, 2),
+        ),
         nodes=tuple(nodes),
         passes=(
             PassReport(
@@ -81,6 +88,11 @@ def full_report(*names: str) -> Report:
             ChannelProfile(
                 names[0], 3, (8.0, 2.0, 1.0), (3.0, 2.0, 1.5), (0.1, 0.2, 0), (0.3, 0.2, 0)
             ),
+        ),
+        engine=EngineReport(
+            *("m.engine", 3 << 20, "0", "TensorRT-RTX", "1.7", ("SM86",), 2.5, 40, 2 << 20, 9, 8),
+            (UnplannedWeight(f"{names[0]}.weight", "INT8", "FLOAT16", 1000, 2000),),
+            (f"{names[0]} is slow",),
         ),
         windows=(
             WindowReport(names[0], 2.0, 0.5, True, 1000, 40, 3.5, 1 << 20),
