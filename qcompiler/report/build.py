@@ -38,6 +38,8 @@ _NAMES_SHOWN = 4
 _KERNEL_LOSS_DB = 1.0
 _STAYS_IN_FLOAT = "stays-in-float"
 """The rule of ops between quantized values that have no weight to give a scheme to."""
+_STAYS_IN_FLOAT32 = "cast-types"
+"""The rule of ops of which nothing else was decided; `type_reason` says why."""
 _NO_ERROR = NodeError(None, None)
 
 
@@ -77,7 +79,7 @@ def node_reports(
                 origins=origins_of(node),
                 op_type=facts.get("origin_op", node.op_type),
                 scheme=scheme,
-                rule=facts.get("rule") or _STAYS_IN_FLOAT,
+                rule=facts.get("rule") or _rule_without_weights(facts),
                 reason=facts.get("reason") or facts.get("placement_reason", ""),
                 placement=facts.get("placement"),
                 equalized=facts.get("equalized"),
@@ -99,6 +101,10 @@ def node_reports(
             )
         )
     return tuple(found)
+
+
+def _rule_without_weights(facts: Mapping[str, str]) -> str:
+    return _STAYS_IN_FLOAT if "placement_reason" in facts else _STAYS_IN_FLOAT32
 
 
 def calibration_report(

@@ -88,7 +88,7 @@ def _decided(subject: Subject, entry: NodeReport) -> Iterator[str]:
     if others:
         yield f"  also      {', '.join(others)}"
     yield f"  scheme    {entry.scheme}"
-    if entry.rule or entry.reason:
+    if entry.reason:
         yield f"  rule      {entry.rule}"
         yield f"  reason    {entry.reason}"
     if entry.compute_type is not None:

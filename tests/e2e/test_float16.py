@@ -169,5 +169,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["explain", str(output), "root"])
     out = capsys.readouterr().out
-    assert "computes in float32, since small numbers" in out
+    assert "computes  in float32, since small numbers" in out
+    assert "docs/refusals.md#cast-types" in out
     assert "rule" not in out
