@@ -100,6 +100,7 @@ def report_html(report: Report) -> str:
         left=left,
         passes=list(_passes(report.passes)),
         command=_command(report),
+        reproduce=_reproduce(report),
         data=data,
         size=size,
         uplot_version=_version(),
@@ -281,6 +282,18 @@ def _command(report: Report) -> str:
         if settings.get(name) is not None:
             parts += [f"--{name.replace('_', '-')}", str(settings[name])]
     parts += [part for name in settings.get("user_passes", ()) for part in ("--user-pass", name)]
+    if settings.get("reconstruct", "none") != "none":
+        parts += ["--reconstruct", str(settings["reconstruct"])]
+    parts += ["--cast-io"] if settings.get("cast_io") else []
     if report.calibration is not None:
         parts += ["--calibration", "DATA"]
+        parts += ["--no-never-slower"] if settings.get("never_slower") is False else []
+    return shlex.join(parts)
+
+
+def _reproduce(report: Report) -> str:
+    """Return the command that compiles with exactly these settings and compares bytes."""
+    manifest = str(Path(report.output.name).with_suffix(".manifest.json"))
+    parts = ["qcompile", "reproduce", manifest, report.source.name]
+    parts += ["--calibration", "DATA"] if report.calibration is not None else []
     return shlex.join(parts)

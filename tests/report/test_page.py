@@ -51,6 +51,7 @@ def test_every_part_of_the_report_is_on_the_page() -> None:
             "ops compute in float16, 5 in float32",
             "Computes in float32, since range of second",
         ),
+        *("qcompile reproduce first.w8a8.manifest.json first.onnx",),
         *("window 2 (not kept)", "calibrated by mse on 4 calls"),
         *("+1 MatMul", "as first asks", "no kernel for third", "The MIT License"),
     )
