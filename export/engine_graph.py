@@ -24,6 +24,8 @@ _PRODUCT: Final = re.compile(
 )
 _QUOTED: Final = re.compile(rb'"([^"]+)"')
 _OPERANDS: Final = 2
+_MADE_UNIQUE: Final = re.compile(r"_U\d+$")
+"""What the builder puts behind the name of a node that is also the name of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ def products_of(engine: bytes) -> tuple[EngineProduct, ...]:
         for match in _PRODUCT.finditer(text):
             if match[1] in _KINDS:
                 operands = _QUOTED.findall(match[4])[:_OPERANDS]
-                names = tuple(match[2].decode().split("+"))
+                merged = match[2].decode().split("+")
+                names = tuple(_MADE_UNIQUE.sub("", name) for name in merged)
                 kinds = tuple(types.get(name, "") for name in operands)
                 found.append(EngineProduct(names, _KINDS[match[1]], kinds))
     return tuple(found)

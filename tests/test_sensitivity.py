@@ -31,7 +31,10 @@ def source(tmp_path: Path) -> Path:
 
 def options(source: Path, **others: object) -> CompileOptions:
     calibration = CalibrationOptions(
-        str(source.parent / "calls"), observer=Observer.MIN_MAX, outlier_channels=0
+        str(source.parent / "calls"),
+        observer=Observer.MIN_MAX,
+        outlier_channels=0,
+        two_terms_below=0,
     )
     settings = {"calibration": calibration, "never_slower": False, **others}
     return CompileOptions(**settings)  # type: ignore[arg-type]

@@ -53,7 +53,9 @@ class ExpandResiduals(Pass):
         residuals: dict[ir.Value, ir.Value] = {}
         for site in find_sites(model)[0]:
             data = None if site.row.data is None else site.node.inputs[site.row.data]
-            if data is None or TERMS not in data.metadata_props or _is_expanded(site):
+            if data is None or not {TERMS, QUANTIZER} <= data.metadata_props.keys():
+                continue
+            if QUANTIZED_INPUTS not in site.node.metadata_props or _is_expanded(site):
                 continue
             if data not in residuals:
                 residuals[data] = self._residual(data, taken)

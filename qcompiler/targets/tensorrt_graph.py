@@ -46,6 +46,7 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "Sigmoid"), (_FLOATS,)),
     LoweredOp(("", "Softmax"), (_FLOATS,)),
     LoweredOp(("", "Sub"), (_FLOATS, _FLOATS)),
+    LoweredOp(("", "Sum"), (_FLOATS, _FLOATS)),
     LoweredOp(("", "Transpose"), (_FLOATS,)),
 )
 

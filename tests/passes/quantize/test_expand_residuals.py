@@ -101,6 +101,18 @@ def test_leaves_what_has_one_term(tmp_path: Path) -> None:
     assert run_pass(ExpandResiduals(), made, tmp_path).rewrites == ()
 
 
+@pytest.mark.parametrize("left_in_float", ["value", "op"])
+def test_leaves_what_was_left_in_float_since_it_was_calibrated(
+    left_in_float: str, tmp_path: Path
+) -> None:
+    made = model()
+    if left_in_float == "value":
+        del made.graph.inputs[0].metadata_props["qcompiler.quantizer"]
+    else:
+        del node_named(made, "op").metadata_props["qcompiler.quantized_inputs"]
+    assert run_pass(ExpandResiduals(), made, tmp_path).rewrites == ()
+
+
 def test_is_idempotent(tmp_path: Path) -> None:
     assert_idempotent(ExpandResiduals(), model(), tmp_path)
 
