@@ -354,6 +354,8 @@ def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
         "min_output_sqnr": options.min_output_sqnr,
         "metric": options.metric,
         "max_metric_drop": options.max_metric_drop,
+        "islands": None if plan.islands is None else plan.islands.to_text(),
+        "task": None if plan.task is None else plan.task.source,
         "user_passes": list(options.user_passes),
         "external_data": options.external_data,
     }

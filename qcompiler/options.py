@@ -7,6 +7,7 @@ from pathlib import Path
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
+from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
 
@@ -41,6 +42,7 @@ class CalibrationOptions:
         outlier_channels: Channels of one value that may stay in float at most.
         memory_budget: Bytes the process may take while it calibrates.
         statistics: A file that statistics are kept in and reused from.
+        is_task: Whether the source is that of a task (`calibration.task_calls.open_task`).
     """
 
     source: str
@@ -50,6 +52,7 @@ class CalibrationOptions:
     outlier_channels: int = 8
     memory_budget: int = 2 << 30
     statistics: Path | None = None
+    is_task: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,21 @@ class EqualizationOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What the model is to be good at.
+
+    Attributes:
+        source: Where its samples are: see `calibration.task_calls.open_task`.
+        samples: How they are read.
+        memory_budget: Bytes the process may take, where there are no other samples.
+    """
+
+    source: str
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    memory_budget: int = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class CompileOptions:
     """What a compilation is asked to do.
 
@@ -85,6 +103,11 @@ class CompileOptions:
         correct_bias: Whether the mean error of output channels is taken out of biases; it takes
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
+        islands: Which parts of weights keep more bits; None takes the recipe's answer. It chooses
+            codes as "gptq" does, and takes samples of the task, or calibration samples, on which
+            the outputs of the float model are the task.
+        task: What the model is to be good at, for islands. Without other samples, its own are what
+            codes are chosen on.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
@@ -117,6 +140,8 @@ class CompileOptions:
     equalization: EqualizationOptions | None = None
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
+    islands: IslandRequest | None = None
+    task: TaskOptions | None = None
     device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None

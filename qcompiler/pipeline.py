@@ -10,14 +10,17 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
+from qcompiler.calibration.task_calls import Task, open_task, task_of_outputs
 from qcompiler.errors import UsageError
 from qcompiler.options import (
     CalibrationOptions,
     CompileOptions,
     EqualizationOptions,
     Reconstruction,
+    TaskOptions,
 )
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
+from qcompiler.passes.assign.assign_islands import AssignIslands, AssignIslandsOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
@@ -47,6 +50,7 @@ from qcompiler.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.passes.quantize.split_outlier_channels import SplitOutlierChannels
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
+from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
@@ -65,10 +69,12 @@ class CalibrationData:
     Attributes:
         samples: The calls to run the model on.
         model_fingerprint: Returns the fingerprint of the source model.
+        task: What the model is to be good at, None where nobody asks.
     """
 
     samples: Samples
     model_fingerprint: Callable[[], str]
+    task: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class Plan:
         equalization: How channels are equalized.
         correct_bias: Whether mean errors are taken out of biases.
         reconstruct: How codes of weights are chosen.
+        islands: Which parts of weights keep more bits.
+        task: What the model is to be good at; None is what it returns in float.
         device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         data: The opened samples, and what gives the fingerprint of the source model; None until
@@ -106,6 +114,8 @@ class Plan:
     equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
     correct_bias: bool = False
     reconstruct: Reconstruction = Reconstruction.NONE
+    islands: IslandRequest | None = None
+    task: TaskOptions | None = None
     device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
@@ -128,6 +138,9 @@ def make_plan(options: CompileOptions) -> Plan:
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
     correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias
+    islands = options.islands or recipe.islands
+    if islands is not None:
+        options = _with_islands(options)
     sampled = (
         equalization.method is not None
         or correct_bias
@@ -151,6 +164,8 @@ def make_plan(options: CompileOptions) -> Plan:
         equalization,
         correct_bias,
         options.reconstruct,
+        islands,
+        options.task,
         options.device,
         options.custom_op_libraries,
         bound=_bound(options, static=static),
@@ -158,6 +173,21 @@ def make_plan(options: CompileOptions) -> Plan:
         measurements=options.measurements,
         threads=options.threads,
     )
+
+
+def _with_islands(options: CompileOptions) -> CompileOptions:
+    """Return options with what islands imply: codes by GPTQ, on the task's samples if no others."""
+    options = replace(options, reconstruct=Reconstruction.GPTQ)
+    if options.calibration is not None:
+        return options
+    if options.task is None:
+        message = "islands need samples to see what the model depends on"
+        raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")
+    task = options.task
+    calibration = CalibrationOptions(
+        task.source, task.samples, memory_budget=task.memory_budget, is_task=True
+    )
+    return replace(options, calibration=calibration)
 
 
 def _calibration(
@@ -192,8 +222,21 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
     """
     if plan.calibration is None:
         return plan
-    samples = open_samples(plan.calibration.source, model, plan.calibration.samples)
-    return replace(plan, data=CalibrationData(samples, model_fingerprint))
+    options, task = plan.calibration, None
+    samples = None if options.is_task else open_samples(options.source, model, options.samples)
+    if plan.islands is not None:
+        task = _task(plan, model, samples)
+    if samples is None:
+        assert task is not None
+        samples = task.samples()
+    return replace(plan, data=CalibrationData(samples, model_fingerprint, task))
+
+
+def _task(plan: Plan, model: ir.Model, samples: Samples | None) -> Task:
+    if plan.task is not None:
+        return open_task(plan.task.source, model, plan.task.samples, samples)
+    assert samples is not None
+    return task_of_outputs(samples)
 
 
 def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:
@@ -273,6 +316,26 @@ def _correct_bias(plan: Plan) -> CorrectBias:
             plan.target,
             options.memory_budget,
             plan.custom_op_libraries,
+        )
+    )
+
+
+def _assign_islands(plan: Plan) -> AssignIslands:
+    options, data = plan.calibration, plan.data
+    if plan.islands is None or options is None or data is None or data.task is None:
+        message = "assign-islands needs a budget and samples"
+        hint = "give --islands tacq --average-bits 3.1, and --task FILE or --calibration DATA"
+        raise UsageError(message, where=AssignIslands.name, hint=hint)
+    return AssignIslands(
+        AssignIslandsOptions(
+            plan.islands,
+            data.task,
+            data.samples,
+            tuple(_made(_inserting(plan), plan)),
+            plan.target,
+            plan.weight_range,
+            plan.device,
+            options.memory_budget,
         )
     )
 
@@ -363,6 +426,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
     DropSlowRegions: _drop_slow_regions,
     AssignFallbacks: _assign_fallbacks,
+    AssignIslands: _assign_islands,
     CorrectBias: _correct_bias,
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
     InsertActivationQdq: lambda plan: InsertActivationQdq(),
@@ -430,6 +494,8 @@ def pipeline(plan: Plan) -> list[Pass]:
         left_out |= {DropSlowRegions}
     if plan.bound is None:
         left_out |= {AssignFallbacks}
+    if plan.islands is None:
+        left_out |= {AssignIslands}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
     return passes + _made([*quantizing, *_lowering(plan), *_VERIFYING], plan)
 

@@ -37,9 +37,7 @@ class SplitOutlierChannels(Pass):
         """Split every product whose data input has outlier channels."""
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
-        builder = SidePathBuilder(
-            model, context.store, self.name, main="inliers", side="outliers"
-        )
+        builder = SidePathBuilder(model, context.store, self.name, main="inliers", side="outliers")
         for site in find_sites(model)[0]:
             data = None if site.row.data is None else site.node.inputs[site.row.data]
             if data is None or OUTLIERS not in data.metadata_props:

@@ -171,7 +171,9 @@ def _prompted(path: Path, signature: Signature, options: SampleOptions) -> Task:
             yield TaskCall(feeds, _next_tokens(feeds, first=len(start)))
 
     count = sum(1 for _ in _prompts(path, options.max_samples))
-    return Task(TaskKind.LABELS, f"answers of {counted(count, 'prompt')} of {path.name}", count, read)
+    return Task(
+        TaskKind.LABELS, f"answers of {counted(count, 'prompt')} of {path.name}", count, read
+    )
 
 
 def _prompts(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:

@@ -11,9 +11,12 @@ from qcompiler.cli.options import (
     calibration_options,
     equalization_of,
     equalization_options,
+    island_options,
+    islands_of,
     latency_options,
     plan_options,
     reconstruction_options,
+    task_of,
 )
 
 
@@ -24,6 +27,7 @@ from qcompiler.cli.options import (
 @calibration_options
 @equalization_options
 @reconstruction_options
+@island_options
 @latency_options
 @click.option(
     "--min-output-sqnr",
@@ -80,11 +84,14 @@ def command(
     from qcompiler.report.terminal import print_report
 
     seed = others["seed"]
+    task = task_of(others)
     calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
+        islands=islands_of(others),
+        task=task,
         reconstruct=Reconstruction(others.pop("reconstruct")),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),

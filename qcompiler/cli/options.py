@@ -10,7 +10,9 @@ import click
 from qcompiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.calibration.calls import SampleOptions
+    from qcompiler.options import CalibrationOptions, EqualizationOptions, TaskOptions
+    from qcompiler.quant.islands import IslandRequest
 
 MODEL = click.Path(path_type=Path)
 
@@ -191,6 +193,79 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which parts of weights keep more bits, and for what task."""
+    decorators: list[Decorator] = [
+        click.option(
+            "--islands",
+            type=click.Choice(["tacq", "qal", "msg", "gradient", "magnitude", "random", "none"]),
+            help="Keep more bits of what a task depends on, chosen by this; takes samples and "
+            "PyTorch.  [default: the recipe's]",
+        ),
+        click.option(
+            "--island-kind",
+            type=click.Choice(["weight", "column", "block", "node"]),
+            default="column",
+            show_default=True,
+            help="What an island is: single weights, input channels, blocks of these, or a whole "
+            "weight.",
+        ),
+        click.option("--average-bits", type=float, metavar="B", help="Of a weight, with islands."),
+        click.option("--budget-bytes", metavar="SIZE", help="The same in bytes, such as 90MB."),
+        click.option("--island-fraction", type=float, metavar="P", help="Of weights in islands."),
+        click.option(
+            "--island-unit",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Take input channels so many at a time.",
+        ),
+        click.option(
+            "--task",
+            metavar="DATA",
+            help="What the model is to be good at: .jsonl with prompt and answer, texts, .npz with "
+            "labels, or a loss MODULE:FUNCTION.  [default: what it returns on --calibration]",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def islands_of(values: dict[str, Any]) -> "IslandRequest | None":
+    """Take the values of `island_options` but the task out of a command's.
+
+    Raises:
+        UsageError: There is not exactly one budget.
+    """
+    from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
+
+    saliency, kind = values.pop("islands"), IslandKind(values.pop("island_kind"))
+    size, unit = values.pop("budget_bytes"), values.pop("island_unit")
+    bits, fraction = values.pop("average_bits"), values.pop("island_fraction")
+    if saliency in (None, "none"):
+        if any(each is not None for each in (size, bits, fraction)):
+            message = "a budget for islands was given, and nothing says how they are chosen"
+            raise UsageError(message, hint="add --islands tacq")
+        return None
+    nbytes = None if size is None else parse_size(size)
+    return IslandRequest(Saliency(saliency), IslandBudget(bits, nbytes, fraction), kind, unit)
+
+
+def task_of(values: dict[str, Any]) -> "TaskOptions | None":
+    """Take the task out of a command's values; those of `calibration_options` say how to read it.
+
+    Raises:
+        UsageError: The memory budget is no size.
+    """
+    from qcompiler.options import TaskOptions
+
+    source = values.pop("task")
+    if source is None:
+        return None
+    return TaskOptions(source, _sample_options(values), parse_size(values["memory_budget"]))
+
+
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
     """Take the values of `equalization_options` out of a command's; None leaves it to the recipe.
 
@@ -242,7 +317,6 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
     Raises:
         UsageError: A value cannot be used, or belongs to samples and there are none.
     """
-    from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
     from qcompiler.options import CalibrationOptions
 
@@ -252,22 +326,20 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         return None
     return CalibrationOptions(
         source=taken["calibration"],
-        samples=SampleOptions(
-            max_samples=taken["max_samples"],
-            batch_size=taken["batch_size"],
-            seed=taken["seed"],
-            tokenizer=taken["tokenizer"],
-            sequence_length=taken["sequence_length"],
-            max_tokens=taken["max_tokens"],
-            text_field=taken["text_field"],
-            image_spec=taken["image_spec"],
-        ),
+        samples=_sample_options(taken),
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
         memory_budget=budget,
         statistics=taken["statistics"],
     )
+
+
+def _sample_options(values: dict[str, Any]) -> "SampleOptions":
+    from qcompiler.calibration.calls import SampleOptions
+
+    names = ("max_samples", "batch_size", "seed", "tokenizer", "sequence_length", "max_tokens")
+    return SampleOptions(**{name: values[name] for name in (*names, "text_field", "image_spec")})
 
 
 def parse_size(text: str) -> int:

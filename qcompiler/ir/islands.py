@@ -17,7 +17,7 @@ from qcompiler.ir.provenance import ISLAND
 from qcompiler.ir.quantizable import Site
 from qcompiler.ir.side_paths import SidePath, narrowed
 from qcompiler.ir.weights import WeightStore, read_all
-from qcompiler.quant.islands import Granularity
+from qcompiler.quant.islands import IslandKind
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -36,7 +36,7 @@ class Island:
     """
 
     site: Site
-    kind: Granularity
+    kind: IslandKind
     values: ir.Value
     index: tuple[ir.Value, ...]
 
@@ -46,9 +46,13 @@ class Island:
         self._view(found)[self._places()] = True
         return found
 
-    def whole(self) -> Array:
-        """Return the weight with the island put back, in the weight's type."""
-        full = np.array(read_all(self.site.tensor))
+    def whole(self, rest: ir.TensorProtocol) -> Array:
+        """Return the weight with the island put back, in the weight's type.
+
+        Args:
+            rest: The weight without it.
+        """
+        full = np.array(read_all(rest))
         stored = _read(self.values).astype(full.dtype)
         self._view(full)[self._places()] = stored.reshape(stored.shape[: self._view(full).ndim])
         return full
@@ -75,13 +79,13 @@ class Island:
 
     def _places(self) -> tuple[Any, ...]:
         index = [_read(value).astype(np.int64).reshape(-1) for value in self.index]
-        if self.kind is Granularity.WEIGHT:
+        if self.kind is IslandKind.WEIGHT:
             return index[0], index[1]
         before = 0 if self.site.row.op_type in MATRIX_OPS else self.site.axes.reduction
         return (*[slice(None)] * before, index[0])
 
 
-def mark_island(node: ir.Node, kind: Granularity, side: SidePath) -> None:
+def mark_island(node: ir.Node, kind: IslandKind, side: SidePath) -> None:
     """Write on a product's node what its side path holds."""
     names = [value.name for value in side.index]
     facts = {"kind": kind.value, "values": side.values.name, "index": names}
@@ -100,7 +104,7 @@ def island_of(site: Site, graph: ir.Graph) -> Island | None:
         return None
     facts = json.loads(text)
     index = tuple(graph.initializers[name] for name in facts["index"])
-    return Island(site, Granularity(facts["kind"]), graph.initializers[facts["values"]], index)
+    return Island(site, IslandKind(facts["kind"]), graph.initializers[facts["values"]], index)
 
 
 def side_bytes(side: SidePath) -> int:

@@ -220,9 +220,7 @@ class SidePathBuilder:
         assert isinstance(home, ir.Graph)
         name = fresh_name(f"{site.weight.name or 'weight'}.{self._side}", self._taken)
         kind = stored or site.tensor.dtype
-        return add_initializer(
-            home, name, self._store.put(name, narrowed(part, kind), kind)
-        )
+        return add_initializer(home, name, self._store.put(name, narrowed(part, kind), kind))
 
     def _replace_main(self, site: Site, values: Array) -> None:
         weight, home = site.weight, site.weight.graph

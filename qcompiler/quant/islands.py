@@ -7,17 +7,19 @@ count 3 for `average_bits`; `nbytes` counts the containers.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from math import isfinite
+from math import isfinite, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.granularity import scale_shape
+from qcompiler.quant.scheme import QSpec
 
 Scores = npt.NDArray[np.float32]
 
 
-class Granularity(StrEnum):
+class IslandKind(StrEnum):
     """What an island is made of."""
 
     WEIGHT = "weight"
@@ -108,11 +110,47 @@ class IslandBudget:
         return f"--island-fraction {self.fraction:g}"
 
 
+@dataclass(frozen=True, slots=True)
+class IslandRequest:
+    """What is asked for.
+
+    Attributes:
+        saliency: By what weights are chosen.
+        budget: What islands may cost.
+        kind: What islands are made of.
+        unit: Input channels are taken so many at a time, which kernels may want.
+    """
+
+    saliency: Saliency
+    budget: IslandBudget
+    kind: IslandKind = IslandKind.COLUMN
+    unit: int = 1
+
+    def to_text(self) -> str:
+        """Return it in one line, for manifests."""
+        return f"{self.saliency.value} {self.kind.value} {self.budget} unit {self.unit}"
+
+
+def quantized_bits(shape: tuple[int, ...], spec: QSpec, float_bits: int, *, stored: bool) -> int:
+    """Return the bits of codes, scales and zero points of a weight.
+
+    Args:
+        shape: Of the weight.
+        spec: How it is quantized.
+        float_bits: Of one scale.
+        stored: Whether codes count their containers, which 3-bit codes share with 4-bit ones.
+    """
+    qtype = spec.qtype
+    each = qtype.storage_bits if stored else qtype.bits
+    zero = 0 if spec.symmetric and qtype.signed else qtype.storage_bits
+    return prod(shape) * each + prod(scale_shape(shape, spec.granularity)) * (float_bits + zero)
+
+
 def saliency_scores(
     measure: Saliency,
-    weight: npt.NDArray[np.float32],
-    gradient: npt.NDArray[np.float32] | None,
-    rounded: npt.NDArray[np.float32] | None,
+    weight: Scores,
+    gradient: Scores | None,
+    rounded: Scores | None,
     seed: int,
 ) -> Scores:
     """Return how much each element of a weight matters, float32 of its shape, none below 0.
@@ -124,15 +162,21 @@ def saliency_scores(
         rounded: What the weight's codes stand for; None where it is not asked for.
         seed: Of the random measure.
     """
+    found = importance(measure, weight, gradient, seed)
+    if measure.needs_codes:
+        assert rounded is not None
+        found *= np.abs(rounded - weight)
+    return found
+
+
+def importance(measure: Saliency, weight: Scores, gradient: Scores | None, seed: int) -> Scores:
+    """Return what of a measure does not depend on codes; arguments are those of the whole."""
     if measure is Saliency.RANDOM:
         return np.random.default_rng(seed).random(weight.shape, np.float32)
     found = np.abs(weight) if measure in _OF_WEIGHT else np.ones_like(weight)
     if measure.needs_gradient:
         assert gradient is not None
         found *= np.abs(gradient)
-    if measure.needs_codes:
-        assert rounded is not None
-        found *= np.abs(rounded - weight)
     return found
 
 

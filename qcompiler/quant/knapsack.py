@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +101,7 @@ def _steps(things: Sequence[Sequence[Option]]) -> list[tuple[float, int, int, in
     found = []
     for at, options in enumerate(things):
         hull = _hull(options)
-        for (_, cost, damage), (index, dearer, better) in zip(hull, hull[1:], strict=False):
+        for (_, cost, damage), (index, dearer, better) in pairwise(hull):
             slope = (better - damage) / (dearer - cost)
             found.append((slope, at, index, dearer - cost, better - damage))
     return sorted(found)

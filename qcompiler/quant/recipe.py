@@ -7,6 +7,11 @@ weight_range = "weighted-mse" # or "mse", "min-max"; the run decides when absent
 correct_bias = false          # whether mean errors are taken out of biases; true when absent
 equalize = "auto"             # or another EqualizationMethod, or "none"; needs samples
 
+[islands]                     # parts of weights that keep more bits; absent keeps none
+saliency = "tacq"             # by what they are chosen
+kind = "column"               # weight, column, block or node
+average_bits = 3.1            # or budget_bytes, or fraction
+
 [[rule]]
 name = "*/lm_head*"           # glob on node names, or "/regex/"; the whole name, case matters
 op_type = "MatMul"            # all selectors that are given must hold
@@ -30,6 +35,7 @@ from typing import Any, TypeVar
 
 from qcompiler.errors import UsageError
 from qcompiler.quant.equalization import EqualizationMethod
+from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
 from qcompiler.quant.selector import (
@@ -45,7 +51,10 @@ __all__ = ["Recipe", "Rule", "Selector", "nearest"]
 _VERSION = 1
 _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
-_RECIPE_KEYS = ("version", "default", "weight_range", "equalize", "correct_bias", "rule")
+_RECIPE_KEYS = (
+    *("version", "default", "weight_range", "equalize", "correct_bias", "islands", "rule"),
+)
+_ISLAND_KEYS = ("saliency", "kind", "average_bits", "budget_bytes", "fraction", "unit")
 _RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
 
 
@@ -81,6 +90,7 @@ class Recipe:
         weight_range: How weight ranges are chosen, or None to leave it to the run.
         equalize: How channels are equalized where there are samples; None leaves them.
         correct_bias: Whether mean errors are taken out of biases where there are samples.
+        islands: Which parts of weights keep more bits, None for none.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -88,6 +98,7 @@ class Recipe:
     weight_range: RangeMethod | None = None
     equalize: EqualizationMethod | None = EqualizationMethod.AUTO
     correct_bias: bool = True
+    islands: IslandRequest | None = None
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -164,6 +175,7 @@ class Recipe:
             _choice(table, "weight_range", RangeMethod, where),
             _equalize(table, where),
             _flag(table, "correct_bias", where),
+            _islands(table, where),
         )
 
     def to_toml(self) -> str:
@@ -175,6 +187,8 @@ class Recipe:
             lines.append(f"equalize = {_quote(self.equalize.value if self.equalize else _NONE)}")
         if not self.correct_bias:
             lines.append("correct_bias = false")
+        if self.islands is not None:
+            lines += ["", "[islands]", *_island_lines(self.islands)]
         for rule in self.rules:
             lines += ["", "[[rule]]", *_rule_lines(rule)]
         return "\n".join(lines) + "\n"
@@ -274,6 +288,44 @@ def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None
         return None
     found = _choice(table, "equalize", EqualizationMethod, where)
     return EqualizationMethod.AUTO if found is None else found
+
+
+def _islands(table: Mapping[str, Any], where: str) -> IslandRequest | None:
+    found = table.get("islands")
+    if found is None:
+        return None
+    place = f"{where}: islands"
+    if not isinstance(found, Mapping):
+        message = f"'islands' is {found!r}, not a table"
+        raise UsageError(message, where=where, hint="write [islands] on a line of its own")
+    _check_keys(found, _ISLAND_KEYS, place)
+    numbers = {key: found[key] for key in _ISLAND_KEYS[2:] if key in found}
+    for key, number in numbers.items():
+        whole = key in ("budget_bytes", "unit")
+        if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+            message = f"'{key}' is {number!r}, not a {'whole ' if whole else ''}number"
+            raise UsageError(message, where=place)
+    budget = IslandBudget(
+        numbers.get("average_bits"), numbers.get("budget_bytes"), numbers.get("fraction")
+    )
+    return IslandRequest(
+        _choice(found, "saliency", Saliency, place) or Saliency.TACQ,
+        budget,
+        _choice(found, "kind", IslandKind, place) or IslandKind.COLUMN,
+        numbers.get("unit", 1),
+    )
+
+
+def _island_lines(islands: IslandRequest) -> list[str]:
+    budget = islands.budget
+    numbers = {
+        "average_bits": budget.average_bits,
+        "budget_bytes": budget.nbytes,
+        "fraction": budget.fraction,
+        "unit": islands.unit if islands.unit > 1 else None,
+    }
+    lines = [f"saliency = {_quote(islands.saliency.value)}", f"kind = {_quote(islands.kind.value)}"]
+    return lines + [f"{key} = {value}" for key, value in numbers.items() if value is not None]
 
 
 def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:

@@ -40,29 +40,23 @@ class ElementCut:
         return found.reshape(scores.shape)
 
 
-def choose_elements(files: TensorFiles, costs: Mapping[str, int], room: int) -> ElementCut:
+def choose_elements(files: TensorFiles, names: Sequence[str], wanted: int) -> ElementCut:
     """Choose the elements with the largest scores, exactly, one weight in memory at a time.
 
-    Scores of weights with unequal costs are compared per cost. Elements whose score is 0 are
-    never chosen.
+    Elements whose score is 0 are never chosen.
 
     Args:
         files: Scores by weight, none below 0.
-        costs: By weight, in the order that ties are resolved in: what one element costs.
-        room: What all chosen elements may cost.
+        names: The weights, in the order that ties are resolved in.
+        wanted: How many elements.
     """
-    if len(set(costs.values())) > 1:
-        message = "scores are compared as they are: divide them by their costs first"
-        raise ValueError(message)
-    cost = next(iter(costs.values()), 1)
-    wanted = room // cost
     upper = np.zeros(_HALF, np.int64)
-    for name in costs:
+    for name in names:
         bits = _bits(files.get(name))
         upper += np.bincount(bits[bits > 0] >> 16, minlength=_HALF)
     bin_of, above = _last_bin(upper, wanted)
     lower = np.zeros(_HALF, np.int64)
-    for name in costs:
+    for name in names:
         bits = _bits(files.get(name))
         inside = bits[(bits >> 16 == bin_of) & (bits > 0)]
         lower += np.bincount(inside & (_HALF - 1), minlength=_HALF)
@@ -70,7 +64,7 @@ def choose_elements(files: TensorFiles, costs: Mapping[str, int], room: int) -> 
     threshold = bin_of << 16 | place
     left = wanted - above - more
     ties: dict[str, int] = {}
-    for name in costs:
+    for name in names:
         equal = int(np.count_nonzero(_bits(files.get(name)) == threshold)) if threshold else 0
         ties[name] = min(left, equal)
         left -= ties[name]
@@ -145,7 +139,7 @@ def shares_of_channels(
 
 def share_of_elements(files: TensorFiles, sizes: Mapping[str, int], fraction: float) -> float:
     """Return what part of all scores the best elements hold, by their part of all elements."""
-    cut = choose_elements(files, dict.fromkeys(sizes, 1), int(fraction * sum(sizes.values())))
+    cut = choose_elements(files, list(sizes), int(fraction * sum(sizes.values())))
     held = total = 0.0
     for name, scores in _each(files, sizes):
         total += float(scores.sum(dtype=np.float64))
