@@ -14,10 +14,10 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.task_calls import Task
 from qcompiler.errors import ModelError
 from qcompiler.ir.provenance import ISLANDS
+from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.assign.island_subjects import RULE, Subjects, find_subjects
 from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.ranges import RangeMethod
-from qcompiler.ir.weights import WeightStore
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.capability import Target

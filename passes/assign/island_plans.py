@@ -32,7 +32,7 @@ from qcompiler.reconstruction.island_choice import (
 )
 from qcompiler.reconstruction.island_scores import ScoredWeights
 from qcompiler.reconstruction.starting_point import CodedWeight
-from qcompiler.targets.capability import Target, resolve
+from qcompiler.targets.capability import Resolution, Target, resolve
 from qcompiler.targets.site_requests import request_for
 
 _BITS: Final = (2, 3, 4, 8)
@@ -46,14 +46,14 @@ class IslandPlan:
     Attributes:
         channels: Input channels in islands.
         cut: Single elements in islands.
-        schemes: Scheme of the whole weight, None for float.
-        high: Of the islands of blocks.
+        schemes: What the whole weight gets, None for float.
+        high: What the islands of blocks get.
     """
 
     channels: Mapping[str, Channels]
     cut: ElementCut | None = None
-    schemes: Mapping[str, QScheme | None] | None = None
-    high: Mapping[str, QScheme] | None = None
+    schemes: Mapping[str, Resolution | None] | None = None
+    high: Mapping[str, Resolution] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +93,7 @@ class Planner:
         if self.request.kind is IslandKind.COLUMN:
             return IslandPlan(choose_channels(self._columns(), room))
         high = {site.weight.name or "": self._high(site) for site in subjects.sites}
-        known = {name: scheme for name, scheme in high.items() if scheme is not None}
+        known = {name: found for name, found in high.items() if found is not None}
         return IslandPlan(choose_channels(self._blocks(known), room), high=known)
 
     def concentration(self) -> dict[str, float]:
@@ -128,14 +128,15 @@ class Planner:
             found.append(ChannelScores(name, self._per_channel(site), cost, 0, self.request.unit))
         return found
 
-    def _blocks(self, high: Mapping[str, QScheme]) -> list[ChannelScores]:
+    def _blocks(self, high: Mapping[str, Resolution]) -> list[ChannelScores]:
         counted = self.request.budget.fraction is not None
         found = []
         for site in self.subjects.sites:
             name = site.weight.name or ""
             if name not in high:
                 continue
-            scheme = high[name]
+            scheme = high[name].scheme
+            assert scheme is not None
             size = scheme.block_size or site.reduction
             shape = list(site.shape)
             shape[site.axes.reduction] = size
@@ -159,8 +160,8 @@ class Planner:
         found = scores.sum(axis=others, dtype=np.float64)
         return found
 
-    def _high(self, site: Site) -> QScheme | None:
-        """Return the scheme of a site's islands of blocks: the next of twice the bits or more."""
+    def _high(self, site: Site) -> Resolution | None:
+        """Return what the target makes of a site's islands of blocks: the next of twice the bits or more."""
         scheme = scheme_of(site.node)
         assert scheme is not None
         if scheme.block_size is None or scheme.block_size >= site.reduction:
@@ -168,23 +169,24 @@ class Planner:
         for bits in _BITS:
             if bits >= 2 * scheme.weight_bits:
                 found = self._resolved(site, bits, scheme.block_size)
-                if found is not None and found.block_size == scheme.block_size:
-                    return found
+                if found is not None and found.scheme is not None:
+                    if found.scheme.block_size == scheme.block_size:
+                        return found
         return None
 
-    def _resolved(self, site: Site, bits: int, block_size: int | None) -> QScheme | None:
-        """Return the scheme that the target runs a site at, None where it runs none."""
+    def _resolved(self, site: Site, bits: int, block_size: int | None) -> Resolution | None:
+        """Return what the target runs a site at with so many bits, None where it cannot."""
         wanted = QScheme(bits, block_size=block_size)
         resolution = resolve(self.target, request_for(site, wanted, tied=False, in_body=False))
         found = resolution.scheme
-        return found if found is not None and found.weight_bits == bits else None
+        return resolution if found is not None and found.weight_bits == bits else None
 
     def _whole_weights(self) -> IslandPlan:
         """Give whole weights their bits: the exact solution over predicted damage."""
         if self.request.budget.fraction is not None:
             message = "whole weights have no fraction of elements in islands"
             raise UsageError(message, where="--island-fraction", hint="give --average-bits")
-        schemes: list[list[QScheme | None]] = []
+        schemes: list[list[Resolution | None]] = []
         options: list[list[Option]] = []
         for at, site in enumerate(self.subjects.sites):
             found = list(self._choices(site))
@@ -210,32 +212,32 @@ class Planner:
             },
         )
 
-    def _choices(self, site: Site) -> Iterator[tuple[QScheme | None, int]]:
-        """Yield the schemes that a weight can have, and what each takes; float at the end."""
+    def _choices(self, site: Site) -> Iterator[tuple[Resolution | None, int]]:
+        """Yield what a weight can have, and what each takes; float at the end."""
         planned = scheme_of(site.node)
         width = site.tensor.dtype.bitwidth
         block = None if planned is None else planned.block_size
         for bits in _BITS:
             # At 8 bits one scale for an output channel is enough.
-            scheme = self._resolved(site, bits, None if bits == 8 else block)
-            if scheme is not None:
-                spec = scheme.weight_spec(site.granularity(scheme))
-                yield scheme, quantized_bits(site.shape, spec, width, stored=self._stored)
+            found = self._resolved(site, bits, None if bits == 8 else block)
+            if found is not None and found.scheme is not None:
+                spec = found.scheme.weight_spec(site.granularity(found.scheme))
+                yield found, quantized_bits(site.shape, spec, width, stored=self._stored)
         yield None, site.tensor.size * width
 
     def _damage(
         self,
         site: Site,
-        scheme: QScheme | None,
+        found: Resolution | None,
         importance: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     ) -> float:
         """Return the predicted damage of a scheme: what errors count, to first order."""
-        if scheme is None:
+        if found is None or found.scheme is None:
             return 0.0
-        spec = scheme.weight_spec(site.granularity(scheme))
+        spec = found.scheme.weight_spec(site.granularity(found.scheme))
         values = read_all(site.tensor)
         kind = np.dtype(site.tensor.dtype.numpy())
-        found = quantize_tensor(values, spec, self.range_method, kind)
-        restored = dequantize(found.codes, found.scale, found.zero_point, spec.granularity)
+        coded = quantize_tensor(values, spec, self.range_method, kind)
+        restored = dequantize(coded.codes, coded.scale, coded.zero_point, spec.granularity)
         error = np.abs(restored.astype(np.float32) - values.astype(np.float32))
         return float(np.sum(importance * error, dtype=np.float64))

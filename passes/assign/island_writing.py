@@ -140,13 +140,21 @@ class IslandWriter:
     def _write_blocks(self, site: Site, plan: IslandPlan) -> _Held:
         assert plan.high is not None
         name = site.weight.name or ""
-        scheme = plan.high[name]
+        found = plan.high[name]
+        scheme = found.scheme
+        assert scheme is not None
         held = self._held_channels(site, plan, f"at {scheme.weight_bits} bits")
         before = scheme_of(site.node)
         side = self._builder.split_channels(site, plan.channels[name])
-        facts = {"weight": side.values.name or "", "weight_elements": 0, "weight_bytes_before": 0}
+        # Its elements are counted where they were.
+        annotate(
+            side.node,
+            weight=side.values.name or "",
+            weight_elements=0,
+            weight_bytes_before=0,
+        )
         reason = f"input channels of {site.label} that the task depends on, at more than {before}"
-        annotate(side.node, scheme=str(scheme), rule=RULE, reason=reason, **facts)
+        annotate(side.node, scheme=str(scheme), rule=found.rule, reason=reason)
         index = side.index[0].const_value
         assert index is not None
         self._count(site, index.nbytes)
@@ -157,14 +165,15 @@ class IslandWriter:
     def _write_scheme(self, site: Site, plan: IslandPlan) -> _Held | None:
         assert plan.schemes is not None
         name = site.weight.name or ""
-        scheme, before = plan.schemes[name], scheme_of(site.node)
+        found, before = plan.schemes[name], scheme_of(site.node)
+        scheme = None if found is None else found.scheme
         if scheme == before:
             return None
         stored = self._request.budget.nbytes is not None
         self._bits -= site_bits(site, stored=stored)
         text = FLOAT if scheme is None else str(scheme)
         reason = f"the least damage to the task within {self._request.budget}, rather than {before}"
-        annotate(site.node, scheme=text, rule=RULE, reason=reason)
+        annotate(site.node, scheme=text, rule=RULE if found is None else found.rule, reason=reason)
         self._bits += site_bits(site, stored=stored)
         more = scheme is None or (before is not None and scheme.weight_bits > before.weight_bits)
         saliency = self._sum(name) if more else 0.0

@@ -65,7 +65,8 @@ class RoundWeights(Pass):
     several ops read is rounded for all of them when the first one's turn comes; where they lie in
     other blocks, their data is that of the codes before. Elements that islands hold
     (`assign-islands`) have no part in the choice of scales, but take up errors of others: they get
-    other values, too. One block's weights are in memory at once. A model without float weights that are planned is left alone.
+    other values, too. One block's weights are in memory at once. A model without float weights
+    that are planned is left alone.
 
     Raises (from `run`):
         ModelError: What an op multiplies holds NaN or infinity on a sample.

@@ -54,7 +54,8 @@ class Island:
         """
         full = np.array(read_all(rest))
         stored = _read(self.values).astype(full.dtype)
-        self._view(full)[self._places()] = stored.reshape(stored.shape[: self._view(full).ndim])
+        single = self.kind is IslandKind.WEIGHT
+        self._view(full)[self._places()] = stored.reshape(-1) if single else stored
         return full
 
     def write(self, kept: Array, store: WeightStore) -> None:

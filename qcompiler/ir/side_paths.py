@@ -94,7 +94,7 @@ class SidePathBuilder:
         np.moveaxis(values, axis, 0)[channels] = 0
         matrix = site.row.op_type in MATRIX_OPS
         if matrix:
-            # [channels, N], whichever way the weight is stored, and times what a Gemm multiplies by.
+            # [channels, N], however the weight is stored, and times what a Gemm multiplies by.
             part = np.ascontiguousarray(part if axis == 0 else part.T)
             part = part * np.asarray(alpha_of(site), part.dtype)
         side = self._store_side(site, part, stored)

@@ -6,7 +6,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from qcompiler.ir.islands import island_of
+from qcompiler.ir.islands import Island, island_of
 from qcompiler.ir.weights import WeightStore
 from qcompiler.reconstruction.rounding import Keeper
 from qcompiler.reconstruction.starting_point import StartingPoint
@@ -44,12 +44,14 @@ def open_islands(start: StartingPoint, store: WeightStore) -> KeptIslands:
             continue
         masks[weight.name] = island.mask()
         keepers[weight.name] = partial(island.write, store=store)
-        rest = weight.tensor
-        whole = partial(island.whole, rest)
-        weight.sites[0].weight.const_value = ir.LazyTensor(
-            lambda read=whole, rest=rest: ir.tensor(read(), rest.dtype),
-            dtype=rest.dtype,
-            shape=ir.Shape(rest.shape.numpy()),
-            name=weight.name,
-        )
+        weight.sites[0].weight.const_value = _joined(island, weight.tensor)
     return KeptIslands(masks, keepers)
+
+
+def _joined(island: Island, rest: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Return the weight with its island, as a tensor that is made when it is read."""
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(island.whole(rest), rest.dtype)
+
+    return ir.LazyTensor(read, rest.dtype, ir.Shape(rest.shape.numpy()), name=rest.name)

@@ -187,9 +187,7 @@ class _ModelRounder:
             return
         weights = [weight for level in sorted(levels) for weight in levels[level]]
         for weight in weights:
-            exact = read_all(weight.tensor).astype(np.float32)
-            mask = self._masks.get(weight.name) if weight.name in self._keepers else None
-            self._stand_in(weight, exact if mask is None else np.where(mask, 0, exact))
+            self._stand_in(weight, read_all(weight.tensor).astype(np.float32))
         if weights:
             yield weights
 
@@ -235,8 +233,7 @@ class _ModelRounder:
         keeper = self._keepers.get(weight.name)
         if keeper is not None and kept is not None:
             keeper(kept)
-        in_graph = mask is not None and keeper is not None
-        self._stand_in(weight, np.where(mask, 0, rounded.values) if in_graph else rounded.values)
+        self._stand_in(weight, rounded.values)
         if rounded.changed or mask is not None:
             _write(weight, rounded, self._store)
         before = sqnr_db(rounded.signal, rounded.error_before)
@@ -245,6 +242,9 @@ class _ModelRounder:
         return Outcome(weight, reason, before, after, rounded.changed, rounded.damping, kept)
 
     def _stand_in(self, weight: CodedWeight, values: Array) -> None:
+        mask = self._masks.get(weight.name)
+        if mask is not None and weight.name in self._keepers:
+            values = np.where(mask, np.float32(0), values)  # the graph adds them
         tensor = torch.from_numpy(values).to(self._device)
         self._stream.stand_ins.update(dict.fromkeys(weight.dequantized, tensor))
 
