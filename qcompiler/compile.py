@@ -43,6 +43,7 @@ from qcompiler.report.build import (
     summarize,
 )
 from qcompiler.report.files import manifest_json, report_json
+from qcompiler.report.islands import islands_report
 from qcompiler.report.records import FileFacts, NodeReport, Report
 from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
@@ -343,6 +344,7 @@ def _report(
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        islands=islands_report(model),
     )
 
 

@@ -161,7 +161,7 @@ class Planner:
         return found
 
     def _high(self, site: Site) -> Resolution | None:
-        """Return what the target makes of a site's islands of blocks: the next of twice the bits or more."""
+        """Return what islands of blocks get: the next bits of twice as many or more."""
         scheme = scheme_of(site.node)
         assert scheme is not None
         if scheme.block_size is None or scheme.block_size >= site.reduction:
@@ -169,9 +169,9 @@ class Planner:
         for bits in _BITS:
             if bits >= 2 * scheme.weight_bits:
                 found = self._resolved(site, bits, scheme.block_size)
-                if found is not None and found.scheme is not None:
-                    if found.scheme.block_size == scheme.block_size:
-                        return found
+                size = None if found is None or not found.scheme else found.scheme.block_size
+                if size == scheme.block_size:
+                    return found
         return None
 
     def _resolved(self, site: Site, bits: int, block_size: int | None) -> Resolution | None:

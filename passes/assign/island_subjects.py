@@ -6,6 +6,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.errors import TargetError
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.ir.quantizable import Site, find_sites, planned_spec
 from qcompiler.ir.side_paths import index_type, why_no_side_path
@@ -56,7 +57,15 @@ def find_subjects(
         kind: What islands are made of.
         target: Where the model is to run.
         stored: Whether bits are those of containers.
+
+    Raises:
+        TargetError: It runs no side path of single weights.
     """
+    scatters = any(form.op == ("", "ScatterND") for form in target.lowered_ops)
+    if kind is IslandKind.WEIGHT and not scatters:
+        message = f"{target.name} runs no sparse product of single weights beside a quantized one"
+        hint = "--island-kind column, block or node, which are whole channels or whole weights"
+        raise TargetError(message, where="--island-kind weight", hint=hint)
     planned: dict[ir.Value, list[Site]] = {}
     for site in find_sites(model)[0]:
         if scheme_of(site.node) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.ir.blocks import find_layers, place_in_layer
 from qcompiler.ir.islands import mark_island, side_bytes
 from qcompiler.ir.provenance import ISLANDS, annotate, scheme_of
 from qcompiler.ir.quantizable import Site, find_sites
@@ -64,11 +65,17 @@ class IslandWriter:
         sums = {name: self._sum(name) for name in self._subjects.names}
         total = sum(sums.values())
         held_by_all, elements = 0.0, 0
+        layers = {node: layer.index for layer in find_layers(self._model) for node in layer.nodes}
         for site in self._subjects.sites:
             name = site.weight.name or ""
             held = self._write_one(site, plan)
             share = sums[name] / total if total else 0.0
-            annotate(site.node, saliency=f"{share:.6g}")
+            annotate(
+                site.node,
+                saliency=f"{share:.6g}",
+                layer=layers.get(site.node, -1),
+                projection=place_in_layer(site.node),
+            )
             if held is None:
                 continue
             within = held.saliency / sums[name] if sums[name] else 0.0
@@ -84,15 +91,15 @@ class IslandWriter:
                 "saliency": self._request.saliency.value,
                 "budget": str(self._request.budget),
                 "task": task,
-                "loss": self._scored.loss,
+                "loss": None if self._scored.loss is None else float(f"{self._scored.loss:.6g}"),
                 "weights": self._subjects.elements,
                 "elements": elements,
                 "average_bits": round(self._bits / self._subjects.elements, 4),
                 "average_bits_without": round(
                     self._subjects.base_bits / self._subjects.elements, 4
                 ),
-                "share": held_by_all / total if total else 0.0,
-                "concentration": dict(concentration),
+                "share": round(held_by_all / total, 6) if total else 0.0,
+                "concentration": {name: round(part, 6) for name, part in concentration.items()},
             }
         )
         return rewrites

@@ -17,6 +17,7 @@ _COMMANDS = {
     "explain": ("qcompiler.cli.explain", "Say what a node of a compiled model got, and why."),
     "export": ("qcompiler.cli.export", "Write a PyTorch module or checkpoint as ONNX."),
     "sensitivity": ("qcompiler.cli.sensitivity", "Rank ops by what quantizing them costs."),
+    "islands": ("qcompiler.cli.islands", "Show which weights a task depends on."),
     "run-pass": ("qcompiler.cli.run_pass", "Run one pass alone over a model."),
     "doctor": ("qcompiler.cli.doctor", "Show versions, providers, and what is missing."),
 }

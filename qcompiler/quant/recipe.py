@@ -305,9 +305,13 @@ def _islands(table: Mapping[str, Any], where: str) -> IslandRequest | None:
         if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
             message = f"'{key}' is {number!r}, not a {'whole ' if whole else ''}number"
             raise UsageError(message, where=place)
-    budget = IslandBudget(
-        numbers.get("average_bits"), numbers.get("budget_bytes"), numbers.get("fraction")
-    )
+    try:
+        budget = IslandBudget(
+            numbers.get("average_bits"), numbers.get("budget_bytes"), numbers.get("fraction")
+        )
+    except UsageError as error:
+        hint = "give average_bits, budget_bytes or fraction"
+        raise UsageError(error.message, where=place, hint=hint) from error
     return IslandRequest(
         _choice(found, "saliency", Saliency, place) or Saliency.TACQ,
         budget,

@@ -14,6 +14,8 @@ from qcompiler.report.records import (
     SCHEMA_VERSION,
     CalibrationReport,
     FileFacts,
+    IslandSite,
+    IslandsReport,
     NodeReport,
     OutputCheck,
     PassReport,
@@ -74,6 +76,7 @@ def _report(content: dict[str, Any]) -> Report:
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
+            "islands": _islands(content.get("islands")),
         }
     )
 
@@ -83,6 +86,13 @@ def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
         return None
     outputs = tuple(QualityReport(**entry) for entry in content["outputs"])
     return CalibrationReport(**{**content, "outputs": outputs})
+
+
+def _islands(content: dict[str, Any] | None) -> IslandsReport | None:
+    if content is None:
+        return None
+    sites = tuple(IslandSite(**entry) for entry in content["sites"])
+    return IslandsReport(**{**content, "sites": sites})
 
 
 def manifest_json(report: Report, settings: Mapping[str, object]) -> str:

@@ -9,7 +9,13 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from qcompiler.errors import printable
-from qcompiler.report.records import CalibrationReport, NodeReport, PassReport, Report
+from qcompiler.report.records import (
+    CalibrationReport,
+    IslandsReport,
+    NodeReport,
+    PassReport,
+    Report,
+)
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
@@ -45,6 +51,8 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
         console.print(escape(line), highlight=False)
     for line in _calibration(report.calibration):
         console.print(escape(line), highlight=False)
+    for line in island_lines(report.islands):
+        console.print(escape(line), highlight=False)
     for line in _reasons(report.nodes):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
@@ -63,6 +71,23 @@ def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
             f"output {output.name}: {_db(output.native_db)} from float as it runs here, "
             f"{_db(output.emulated_db)} with Q/DQ computed in float"
         )
+
+
+def island_lines(islands: IslandsReport | None) -> Iterator[str]:
+    """Yield what islands hold and cost."""
+    if islands is None:
+        return
+    part = islands.elements / islands.weights if islands.weights else 0.0
+    yield (
+        f"{part:.2%} of the weights in {islands.kind} islands hold {islands.share:.1%} of the "
+        f"{islands.saliency} saliency for {islands.task}"
+    )
+    yield (
+        f"{islands.average_bits:.3f} bits per weight with islands and their indices, "
+        f"{islands.average_bits_without:.3f} without"
+    )
+    shares = (f"{name}: {share:.1%}" for name, share in islands.concentration.items())
+    yield f"saliency in the best {', '.join(shares)}"
 
 
 def _db(value: float | None) -> str:

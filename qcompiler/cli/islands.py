@@ -1,0 +1,96 @@
+"""`qcompile islands MODEL`: which weights a task depends on."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qcompiler.cli.options import (
+    MODEL,
+    calibration_of,
+    calibration_options,
+    equalization_of,
+    equalization_options,
+    island_options,
+    islands_of,
+    plan_options,
+    task_of,
+)
+
+if TYPE_CHECKING:
+    from qcompiler.report.records import IslandsReport
+
+
+@click.command("islands")
+@click.argument("model", type=MODEL)
+@plan_options
+@calibration_options
+@equalization_options
+@island_options
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="D",
+    help="Where PyTorch computes: cpu, cuda, cuda:1.",
+)
+@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+def command(
+    model: Path,
+    recipe: Path | None,
+    weight_range: str | None,
+    report: str,
+    custom_ops: tuple[Path, ...],
+    **others: Any,
+) -> None:
+    """Show where in MODEL the weights lie that a task depends on; nothing is written."""
+    from dataclasses import asdict
+
+    from qcompiler.cli.progress import terminal_progress
+    from qcompiler.island_map import map_islands
+    from qcompiler.options import CompileOptions
+    from qcompiler.quant.ranges import RangeMethod
+
+    task = task_of(others)
+    options = CompileOptions(
+        recipe=recipe,
+        calibration=calibration_of(others),
+        equalization=equalization_of(others),
+        islands=islands_of(others),
+        task=task,
+        weight_range=None if weight_range is None else RangeMethod(weight_range),
+        custom_op_libraries=custom_ops,
+        **others,
+    )
+    with terminal_progress() as progress:
+        found = map_islands(model, options, progress=progress)
+    if report == "json":
+        click.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        return
+    _print(found)
+
+
+def _print(found: "IslandsReport") -> None:
+    """Print layers down and projections across: saliency, and what islands hold."""
+    from qcompiler.errors import printable
+    from qcompiler.report.terminal import island_lines
+
+    kinds = list(dict.fromkeys(site.projection for site in found.sites))
+    layers = sorted({site.layer for site in found.sites})
+    wide = [max(len(kind), len("100.0% 100.0%")) for kind in kinds]
+    click.echo("share of all saliency, and the part of the weight in islands")
+    header = "  ".join(kind.rjust(size) for kind, size in zip(kinds, wide, strict=True))
+    click.echo(printable(f"layer  {header}"))
+    for layer in layers:
+        cells = []
+        for kind, size in zip(kinds, wide, strict=True):
+            here = [s for s in found.sites if s.layer == layer and s.projection == kind]
+            elements = sum(site.elements for site in here)
+            part = sum(site.island_elements for site in here) / max(1, elements)
+            share = sum(site.saliency for site in here)
+            cells.append((f"{share:.1%} {part:.2%}" if here else "").rjust(size))
+        click.echo(f"{layer:5}  {'  '.join(cells)}".rstrip())
+    for line in island_lines(found):
+        click.echo(printable(line))
