@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+
+_ROUNDING: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,9 @@ def choose_options(things: Sequence[Sequence[Option]], budget: int) -> list[int]
     if sum(min(option.cost for option in options) for options in things) > budget:
         return None
     rests = _fractional_rests(things)
-    best = _greedy(things, budget)
+    # Sums of floats are rounded, and that must not drop the solution that is known.
+    worst = sum(max(option.damage for option in options) for options in things)
+    best = _greedy(things, budget) + _ROUNDING * worst
     costs, damages = np.zeros(1, np.int64), np.zeros(1, np.float64)
     history: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]] = []
     for at, options in enumerate(things):
@@ -48,8 +53,7 @@ def choose_options(things: Sequence[Sequence[Option]], budget: int) -> list[int]
         harm = (damages[:, None] + damage).reshape(-1)
         least = harm + rests[at + 1].least_damage(budget - whole)
         order = np.lexsort((np.arange(len(whole)), harm, whole))
-        # Rounding of the sums must not drop the solution that is known.
-        order = order[least[order] <= best * (1 + 1e-9) + 1e-300]
+        order = order[least[order] <= best]
         undominated = np.minimum.accumulate(np.concatenate([[np.inf], harm[order]]))[:-1]
         order = order[harm[order] < undominated]
         history.append((order // len(options), order % len(options)))
