@@ -112,7 +112,9 @@ def test_islands_are_read_and_written(name: str, kind: IslandKind, tmp_path: Pat
 
 
 def test_what_is_too_large_for_16_bits_is_the_largest_number(tmp_path: Path) -> None:
-    made = build("g (float[5, 4] x) => (float[5, 2] y) { y = MatMul(x, w) }", {"w": 1e6 * _W[:4, :2]})
+    made = build(
+        "g (float[5, 4] x) => (float[5, 2] y) { y = MatMul(x, w) }", {"w": 1e6 * _W[:4, :2]}
+    )
     side = builder(made, tmp_path).split_channels(
         site_of(made), np.array([0], np.int64), ir.DataType.FLOAT16
     )
@@ -132,7 +134,11 @@ def test_bfloat16_needs_no_cast(tmp_path: Path) -> None:
     ("text", "weights", "reason"),
     [
         ("y = MatMul(w, x)", {"w": random_array(4, 32)}, "no matrix on the right"),
-        ("y = Gemm<alpha=2.0>(x, w)", {"w": random_array(32, 4)}, "multiplies the product by alpha"),
+        (
+            "y = Gemm<alpha=2.0>(x, w)",
+            {"w": random_array(32, 4)},
+            "multiplies the product by alpha",
+        ),
         ("y = Gemm<transA=1>(x, w)", {"w": random_array(32, 4)}, "no matrix on the right"),
     ],
 )
