@@ -1,11 +1,12 @@
 """What a compilation is asked to do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
+from qcompiler.errors import UsageError
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.ranges import RangeMethod
@@ -160,3 +161,22 @@ class CompileOptions:
     inspect_kernels: bool = True
     workers: int | None = None
     memory_limit: int = 64 << 20
+
+
+def with_islands(options: CompileOptions) -> CompileOptions:
+    """Return options with what islands imply: codes by GPTQ, on the task's samples if no others.
+
+    Raises:
+        UsageError: There are no samples.
+    """
+    options = replace(options, reconstruct=Reconstruction.GPTQ)
+    if options.calibration is not None:
+        return options
+    if options.task is None:
+        message = "islands need samples to see what the model depends on"
+        raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")
+    task = options.task
+    calibration = CalibrationOptions(
+        task.source, task.samples, memory_budget=task.memory_budget, is_task=True
+    )
+    return replace(options, calibration=calibration)

@@ -10,7 +10,7 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
-from qcompiler.calibration.task_calls import Task, open_task, task_of_outputs
+from qcompiler.calibration.task_calls import Task, open_task
 from qcompiler.errors import UsageError
 from qcompiler.options import (
     CalibrationOptions,
@@ -18,6 +18,7 @@ from qcompiler.options import (
     EqualizationOptions,
     Reconstruction,
     TaskOptions,
+    with_islands,
 )
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_islands import AssignIslands, AssignIslandsOptions
@@ -140,7 +141,7 @@ def make_plan(options: CompileOptions) -> Plan:
     correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias
     islands = options.islands or recipe.islands
     if islands is not None:
-        options = _with_islands(options)
+        options = with_islands(options)
     sampled = (
         equalization.method is not None
         or correct_bias
@@ -173,21 +174,6 @@ def make_plan(options: CompileOptions) -> Plan:
         measurements=options.measurements,
         threads=options.threads,
     )
-
-
-def _with_islands(options: CompileOptions) -> CompileOptions:
-    """Return options with what islands imply: codes by GPTQ, on the task's samples if no others."""
-    options = replace(options, reconstruct=Reconstruction.GPTQ)
-    if options.calibration is not None:
-        return options
-    if options.task is None:
-        message = "islands need samples to see what the model depends on"
-        raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")
-    task = options.task
-    calibration = CalibrationOptions(
-        task.source, task.samples, memory_budget=task.memory_budget, is_task=True
-    )
-    return replace(options, calibration=calibration)
 
 
 def _calibration(
@@ -225,18 +211,12 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
     options, task = plan.calibration, None
     samples = None if options.is_task else open_samples(options.source, model, options.samples)
     if plan.islands is not None:
-        task = _task(plan, model, samples)
+        source = None if plan.task is None else plan.task.source
+        task = open_task(source, model, (plan.task or options).samples, samples)
     if samples is None:
         assert task is not None
         samples = task.samples()
     return replace(plan, data=CalibrationData(samples, model_fingerprint, task))
-
-
-def _task(plan: Plan, model: ir.Model, samples: Samples | None) -> Task:
-    if plan.task is not None:
-        return open_task(plan.task.source, model, plan.task.samples, samples)
-    assert samples is not None
-    return task_of_outputs(samples)
 
 
 def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 
 from qcompiler.errors import UsageError
+from qcompiler.ir.provenance import RULE as PLAN_RULE
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.ir.quantizable import Site
 from qcompiler.ir.weights import read_all
@@ -220,6 +221,8 @@ class Planner:
         for bits in _BITS:
             # At 8 bits one scale for an output channel is enough.
             found = self._resolved(site, bits, None if bits == 8 else block)
+            if planned is not None and bits == planned.weight_bits:
+                found = Resolution(planned, site.node.metadata_props.get(PLAN_RULE, ""), "")
             if found is not None and found.scheme is not None:
                 spec = found.scheme.weight_spec(site.granularity(found.scheme))
                 yield found, quantized_bits(site.shape, spec, width, stored=self._stored)

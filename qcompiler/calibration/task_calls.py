@@ -83,7 +83,7 @@ def task_of_outputs(samples: Samples) -> Task:
 
 
 def open_task(
-    source: str, model: ir.Model, options: SampleOptions, samples: Samples | None
+    source: str | None, model: ir.Model, options: SampleOptions, samples: Samples | None
 ) -> Task:
     """Open what a user names as the task.
 
@@ -96,13 +96,17 @@ def open_task(
 
     Args:
         source: A path or a reference. An answer that is a number is one of the line's `choices`.
+            None is the task of returning what the float model does on `samples`.
         model: The model.
         options: How texts are read.
-        samples: Calls for a function's loss.
+        samples: Calls for a function's loss, and where there is no source.
 
     Raises:
         UsageError: It cannot be read, or does not fit the model.
     """
+    if source is None:
+        assert samples is not None
+        return task_of_outputs(samples)
     path = Path(source)
     if not path.exists() and ":" in source:
         function = import_function(source, where="--task", example="my_task:loss")

@@ -148,25 +148,24 @@ class SidePathBuilder:
             )
         ]
         first = [rank - 1, *range(rank - 1)]
-        stem, dtype = f"{_stem(node)}.of_{self._side}", result.dtype
+        # Sums are float32: ONNX Runtime adds in no narrower type here.
+        stem, wide, own = f"{_stem(node)}.of_{self._side}", ir.DataType.FLOAT, result.dtype
         turned_data = self._turned(data, first, node)
         rows = self._cast(index[0], ir.DataType.INT32, node)
-        gathered = self._insert("Gather", [turned_data, rows], f"{stem}.data", dtype, node, axis=0)
-        scale = self._cast(side, site.tensor.dtype, node)
-        products = self._insert("Mul", [gathered, scale], f"{stem}.products", dtype, node)
+        taken = self._insert("Gather", [turned_data, rows], f"{stem}.data", own, node, axis=0)
+        factors = [self._cast(taken, wide, node), self._cast(side, wide, node)]
+        products = self._insert("Mul", factors, f"{stem}.products", wide, node)
         places = self._cast(index[1], ir.DataType.INT64, node)
-        # The node that computes the part reads the result: both end up behind the product.
-        turn = self._node("Transpose", [result], f"{stem}.turned", dtype, perm=first)
-        scatter = self._node(
-            "ScatterND",
-            [turn.outputs[0], places, products],
-            f"{stem}.added",
-            dtype,
-            reduction="add",
-        )
-        back = [*range(1, rank), 0]
-        last = self._node("Transpose", [scatter.outputs[0]], stem, dtype, perm=back)
-        self._put_behind(node, [turn, scatter, last])
+        chain = [self._node("Transpose", [result], f"{stem}.turned", own, perm=first)]
+        if own != wide:
+            chain.append(self._behind(chain, "Cast", wide, to=int(wide)))
+        added = [chain[-1].outputs[0], places, products]
+        scatter = self._node("ScatterND", added, f"{stem}.added", wide, reduction="add")
+        chain.append(scatter)
+        if own is not None and own != wide:
+            chain.append(self._behind(chain, "Cast", own, to=int(own)))
+        chain.append(self._behind(chain, "Transpose", own, perm=[*range(1, rank), 0]))
+        self._put_behind(node, chain)
         return SidePath(scatter, side, (index[0], index[1]))
 
     def _columns(
@@ -265,6 +264,18 @@ class SidePathBuilder:
         return new_node(
             self._created_by, op_type, list(inputs), name, attributes=attributes, dtype=dtype
         )
+
+    def _behind(
+        self,
+        chain: Sequence[ir.Node],
+        op_type: str,
+        dtype: ir.DataType | None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Node:
+        """Return a node that reads the last of a chain."""
+        before = chain[-1].outputs[0]
+        name = f"{before.name}.{op_type.lower()}"
+        return self._node(op_type, [before], name, dtype, **attributes)
 
     def _add_behind(self, node: ir.Node, product: ir.Node) -> None:
         """Add a side path behind the product, under the name of its result."""

@@ -63,5 +63,5 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "Gather"), (_COMPUTED, ("INT32", "INT64"))),
     LoweredOp(("", "Concat"), (_COMPUTED,)),
     LoweredOp(("", "Conv"), (_KERNEL_FLOATS, _KERNEL_FLOATS)),
-    LoweredOp(("", "ScatterND"), (_COMPUTED, ("INT64",), _COMPUTED)),
+    LoweredOp(("", "ScatterND"), (("FLOAT",), ("INT64",), ("FLOAT",))),
 )

@@ -121,6 +121,14 @@ def test_what_is_too_large_for_16_bits_is_the_largest_number(tmp_path: Path) -> 
     assert np.isfinite(initializer(made, side.values.name or "")).all()
 
 
+def test_16_bit_models_add_in_32_bits(tmp_path: Path) -> None:
+    text = "g (float16[5, 32] x) => (float16[5, 8] y) { [op] y = MatMul(x, w) }"
+    before, after = (build(text, {"w": _W.astype(np.float16)}) for _ in range(2))
+    mask = np.random.default_rng(0).random(_W.shape) < 0.1
+    builder(after, tmp_path).split_elements(site_of(after), mask, ir.DataType.FLOAT16)
+    assert_parity(before, after, tolerance=4e-3)
+
+
 def test_bfloat16_needs_no_cast(tmp_path: Path) -> None:
     made = build(
         "g (bfloat16[5, 32] x) => (bfloat16[5, 8] y) { y = MatMul(x, w) }",

@@ -90,15 +90,16 @@ def test_whole_weights_change_their_scheme_alone(tmp_path: Path) -> None:
     assert found.average_bits <= 4.5
 
 
+# Without islands they take 7,264 bytes.
 @pytest.mark.parametrize("kind", list(IslandKind))
 def test_the_budget_holds_of_what_is_stored(kind: IslandKind, tmp_path: Path) -> None:
-    setting = Setting(kind=kind, scheme="w2a16:b16:asym", budget=IslandBudget(nbytes=9400))
+    setting = Setting(kind=kind, budget=IslandBudget(nbytes=9400))
     model = setting.rounded(tmp_path)
     stored = 0
     for value in model.graph.initializers.values():
         assert value.const_value is not None
         stored += value.const_value.nbytes
-    assert 8600 < stored <= 9400
+    assert 7900 < stored <= 9400
 
 
 # Acceptance check 11.
