@@ -5,9 +5,10 @@
     python -m benchmarks.equalization --models smollm2_folded --schemes w8a8 --resume
 
 Every model comes twice: as it is, and with outlier channels planted that change nothing of what it
-computes (`planted`). Latency is not measured and nothing falls back; up to 8 channels of a value
-may stay in float, as by default. Each arm is scored as ONNX Runtime runs it. Results go to
-benchmarks/results/equalization.json, the tables to equalization.md.
+computes (`planted`). Latency is not measured and nothing falls back. Up to 8 channels of a value
+may stay in float, as by default, but in the arm "plain"; heavy-tailed activations get two terms of
+codes, as by default, in the two last arms only. Each arm is scored as ONNX Runtime runs it. Results
+go to benchmarks/results/equalization.json, the tables to equalization.md.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from qcompiler.quant.equalization import EqualizationMethod
 
 PLANTED: Final = "-planted"
 MODELS: Final = ("cifar_cnn", "minilm", "smollm2_folded", "smollm2_raw")
-SCHEMES: Final = ("w8a8", "w4a16", "w4a16:b128", "w3a16", "w3a16:b128")
+SCHEMES: Final = ("w8a8", "w8a8:tensor", "w4a16", "w4a16:b128", "w3a16", "w3a16:b128")
+
+_TWO_TERMS_BELOW: Final = CalibrationOptions("").two_terms_below
 
 Facts = dict[str, Any]
 
@@ -44,13 +47,18 @@ class Method:
     Attributes:
         method: As the compiler calls it; None leaves the model as it is.
         correct_bias: Whether biases are corrected after it.
+        outlier_channels: Channels of a value that may stay in float.
+        two_terms: Whether heavy-tailed activations get two terms of codes.
     """
 
     method: EqualizationMethod | None
     correct_bias: bool = False
+    outlier_channels: int = 8
+    two_terms: bool = False
 
 
 METHODS: Final[Mapping[str, Method]] = {
+    "plain": Method(None, outlier_channels=0),
     "none": Method(None),
     "smoothquant 0.5": Method(EqualizationMethod.SMOOTHQUANT),
     "smoothquant searched": Method(EqualizationMethod.SMOOTHQUANT_SEARCHED),
@@ -59,6 +67,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "auto": Method(EqualizationMethod.AUTO),
     "aweq + bias": Method(EqualizationMethod.AWEQ, correct_bias=True),
     "auto + bias": Method(EqualizationMethod.AUTO, correct_bias=True),
+    "none + two terms": Method(None, two_terms=True),
+    "default": Method(EqualizationMethod.AUTO, correct_bias=True, two_terms=True),
 }
 
 
@@ -68,7 +78,11 @@ def measure(
     """Compile one arm and score it."""
     options = CompileOptions(
         scheme=scheme,
-        calibration=CalibrationOptions(str(calls)),
+        calibration=CalibrationOptions(
+            str(calls),
+            outlier_channels=method.outlier_channels,
+            two_terms_below=_TWO_TERMS_BELOW if method.two_terms else 0,
+        ),
         equalization=EqualizationOptions(method.method),
         correct_bias=method.correct_bias,
         never_slower=False,

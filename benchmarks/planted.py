@@ -17,7 +17,8 @@ from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.assign_schemes import AssignSchemes
 from qcompiler.passes.equalize.equalize_channels import is_bare_norm
-from qcompiler.pipeline import make_plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import make_plan
 from qcompiler.progress import SilentProgress
 from qcompiler.rewriting.base import PassContext
 from qcompiler.rewriting.manager import PassManager

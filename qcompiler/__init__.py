@@ -13,9 +13,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.artefacts import CompileResult
+    from qcompiler.bounds import Gate, OutputBounds, Tolerances
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.calibration.observers import Observer
-    from qcompiler.compile import CompileResult, compile_model
+    from qcompiler.compile import compile_model
     from qcompiler.errors import (
         InternalError,
         ModelError,
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
         TargetError,
         UsageError,
     )
+    from qcompiler.export.to_tensorrt import EngineOptions
+    from qcompiler.gate.check import run_gate
+    from qcompiler.gate.setting import GateOptions
     from qcompiler.options import CalibrationOptions, CompileOptions, Verification
+    from qcompiler.quant.compute_type import ComputeType
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.recipe import Recipe, Rule
     from qcompiler.quant.selector import Selector
+    from qcompiler.report.verdict import GateFailedError, Verdict
 
 __version__ = version("qcompiler")
 
@@ -35,9 +42,15 @@ __all__ = [
     "CalibrationOptions",
     "CompileOptions",
     "CompileResult",
+    "ComputeType",
+    "EngineOptions",
+    "Gate",
+    "GateFailedError",
+    "GateOptions",
     "InternalError",
     "ModelError",
     "Observer",
+    "OutputBounds",
     "ParityError",
     "QCompilerError",
     "RangeMethod",
@@ -46,24 +59,36 @@ __all__ = [
     "SampleOptions",
     "Selector",
     "TargetError",
+    "Tolerances",
     "UsageError",
+    "Verdict",
     "Verification",
     "__version__",
     "compile_model",
+    "run_gate",
 ]
 
 _HOME = {
     "CalibrationOptions": "qcompiler.options",
     "CompileOptions": "qcompiler.options",
-    "CompileResult": "qcompiler.compile",
+    "CompileResult": "qcompiler.artefacts",
+    "ComputeType": "qcompiler.quant.compute_type",
+    "EngineOptions": "qcompiler.export.to_tensorrt",
+    "Gate": "qcompiler.bounds",
+    "GateFailedError": "qcompiler.report.verdict",
+    "GateOptions": "qcompiler.gate.setting",
     "Observer": "qcompiler.calibration.observers",
+    "OutputBounds": "qcompiler.bounds",
     "RangeMethod": "qcompiler.quant.ranges",
     "Recipe": "qcompiler.quant.recipe",
     "Rule": "qcompiler.quant.recipe",
     "SampleOptions": "qcompiler.calibration.calls",
     "Selector": "qcompiler.quant.selector",
+    "Tolerances": "qcompiler.bounds",
+    "Verdict": "qcompiler.report.verdict",
     "Verification": "qcompiler.options",
     "compile_model": "qcompiler.compile",
+    "run_gate": "qcompiler.gate.check",
 }
 
 

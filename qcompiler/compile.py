@@ -1,35 +1,52 @@
 """The compilation, top to bottom: load, rewrite, write, look at what the runtime makes of it."""
 
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.artefacts import (
+    CompileResult,
+    engine_workspace_for,
+    publish,
+    publish_engine,
+    workspace_for,
+)
 from qcompiler.calibration.largest_call import largest_call
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.calibration.samples import load_feeds, synthetic_feeds
+from qcompiler.engine import (
+    build_and_check,
+    engine_warnings,
+    requested_engine,
+    with_named_engine,
+    with_profiles,
+)
 from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
+from qcompiler.execution.narrow_floats import has_bfloat16
+from qcompiler.gate.check import require_judgeable, run_gate
+from qcompiler.gate.setting import Candidate, GateOptions
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
 from qcompiler.ir.provenance import SCHEME, forget, without_times
 from qcompiler.ir.quantizable import INTEGER_OPS, find_sites
 from qcompiler.ir.save import SavedModel, save_model
-from qcompiler.ir.tensor_sites import tensor_sites
+from qcompiler.ir.stored_size import stored_bytes
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions, Verification
-from qcompiler.pipeline import Plan, make_plan, pipeline, with_data
+from qcompiler.passes.lower.cast_types import CastTypes
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import Plan, make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.build import (
@@ -41,47 +58,32 @@ from qcompiler.report.build import (
     output_checks,
     pass_reports,
     summarize,
+    window_reports,
 )
-from qcompiler.report.files import manifest_json, report_json
+from qcompiler.report.compute_types import type_counts, type_warnings
+from qcompiler.report.files import manifest_json
 from qcompiler.report.islands import islands_report
-from qcompiler.report.records import FileFacts, NodeReport, Report
-from qcompiler.rewriting.base import PassContext
-from qcompiler.rewriting.manager import PassHook, PassManager, PassRecord
+from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
+from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
+from qcompiler.rewriting.base import PassContext, PassRecord
+from qcompiler.rewriting.manager import PassHook, PassManager
 from qcompiler.rewriting.snapshots import DumpModels, KeepReproducer
+from qcompiler.rewriting.work_folder import WorkFolder
+from qcompiler.settings import identity_of, settings_of
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
-
-
-@dataclass(frozen=True, slots=True)
-class CompileResult:
-    """What a compilation made.
-
-    Attributes:
-        path: The compiled model.
-        data_path: Its external data file, None when weights are inside the model.
-        report_path: The report, JSON (docs/report-schema.md).
-        manifest_path: Hashes, versions and options; identical for identical compilations.
-        report: The report, as an object.
-    """
-
-    path: Path
-    data_path: Path | None
-    report_path: Path
-    manifest_path: Path
-    report: Report
-
-    def model(self) -> ir.Model:
-        """Load the compiled model, lazily."""
-        return load_model(self.path)
 
 
 def default_output(source: Path, plan: Plan) -> Path:
     """Return where a compiled model goes when nobody says: beside the source, scheme in the name.
 
-    A recipe with rules beside a default gives "mixed".
+    A recipe with rules beside a default gives "mixed"; a type that it is cast to comes last.
     """
     selected = [rule for rule in plan.recipe.rules if rule.scheme is not None]
     label = "mixed" if selected else str(plan.recipe.default or FLOAT)
+    compute = plan.recipe.compute_type
+    if compute is not None:
+        label = str(compute) if label == FLOAT else f"{label}-{compute}"
     return source.with_name(f"{source.stem}.{label.replace(':', '-')}.onnx")
 
 
@@ -98,7 +100,8 @@ def compile_model(
         source: Path of an ONNX model, or a model in memory (it is not changed).
         options: What to do; None is weight-only int8 for ONNX Runtime.
         output: Where the model goes; None is beside the source, with the scheme in the name.
-            A model in memory needs it. Report and manifest go beside it.
+            A model in memory needs it. Report and manifest go beside it. Where it names an engine,
+            m.engine, the model is called m.lowered.onnx.
         progress: Where long work shows how far it is; None is silent.
 
     Returns:
@@ -107,8 +110,9 @@ def compile_model(
     Raises:
         UsageError: Options, recipe or paths that cannot be used.
         ModelError: The model is malformed, or there is nothing in it to compile.
-        TargetError: The runtime cannot load the result.
+        TargetError: The runtime cannot load the result, or no engine can be built from it.
         ParityError: `verify="numerics"` found a pass that changes what it must not.
+        GateFailedError: A bound of the gate does not hold.
         InternalError: A pass is defective; a reproducer is kept beside the output.
 
     Either all files are written or none; a killed run leaves nothing.
@@ -116,20 +120,28 @@ def compile_model(
     started = time.perf_counter()
     options = options or CompileOptions()
     progress = progress or SilentProgress()
+    options, output = with_named_engine(options, output)
     plan = make_plan(options)
+    engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
-    with _workspace(target_path) as workspace:
+    with workspace_for(target_path) as workspace, ExitStack() as held:
+        engine_workspace = held.enter_context(engine_workspace_for(engine))
         path, name = _source_file(source, workspace, progress)
         model = load_model(path)
         forget(model)
-        size, opset = _size_and_opset(path, model)
-        with BackgroundFingerprint(path) as digest, WeightStore(workspace) as store:
-            plan = with_data(plan, model, digest.result)
-            numerics = _numerics_hook(model, options)
-            hooks = _hooks(plan, options, target_path.parent, numerics)
+        size, opset = stored_bytes(path, model), standard_opset(model)
+        if plan.gate is not None:
+            require_judgeable(plan.gate, model, _gate_options(plan, options))
+        digest = held.enter_context(BackgroundFingerprint(path))
+        plan = with_data(plan, model, digest.result)
+        if engine is not None:
+            engine = with_profiles(engine, model, plan.data.samples if plan.data else None)
+        work = held.enter_context(_work_folder(digest.result, plan, options))
+        numerics = _numerics_hook(model, options)
+        with WeightStore(workspace) as store:
             context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
-            records = PassManager(context, hooks).run(model, pipeline(plan))
-            _require_something_done(model)
+            hooks = _hooks(plan, options, target_path.parent, numerics)
+            model, records = _rewritten(model, plan, PassManager(context, hooks, work), work)
             with without_times(model):
                 saved = save_model(
                     model,
@@ -137,10 +149,14 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
-            source_facts = FileFacts(name, size, digest.result(), opset)
-        inspection = _inspect(model, saved, options, progress)
+        source_facts = FileFacts(name, size, digest.result(), opset)
+        inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
+        built = None
+        if engine is not None:
+            made = engine_workspace / "out" / engine.path.name
+            built = build_and_check(engine, saved.path, model, made, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
         report = _report(
             plan,
@@ -153,9 +169,28 @@ def compile_model(
             inspection,
             quality,
             latency,
+            built,
             started,
         )
-        return _publish(saved, target_path, report, _settings(plan, options))
+        verdict = _judged(plan, options, path, saved, progress)
+        manifest = _manifest(plan, options, report, verdict)
+        result = replace(publish(saved, target_path, report, manifest), verdict=verdict)
+        if engine is None or built is None:
+            return result
+        return replace(result, engine_path=publish_engine(engine, engine_workspace, report))
+
+
+def _rewritten(
+    model: ir.Model, plan: Plan, manager: PassManager, work: WorkFolder | None
+) -> tuple[ir.Model, list[PassRecord]]:
+    """Run the passes, those that a stopped compilation finished excepted."""
+    reached = work.newest() if work else None
+    done: tuple[PassRecord, ...] = ()
+    if reached is not None:
+        model, done = reached.model, reached.records
+    records = manager.run(model, pipeline(plan), done)
+    _require_something_done(model, plan, records)
+    return model, records
 
 
 def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan: Plan) -> Path:
@@ -175,24 +210,6 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
     return path
 
 
-@contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """Make a hidden folder beside the output, so that finished files can be renamed into place."""
-    if not output.parent.is_dir():
-        message = "the folder does not exist"
-        raise UsageError(message, where=str(output.parent), hint="create it first")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
-    except OSError as error:
-        message = f"cannot write there: {error.strerror}"
-        raise UsageError(message, where=str(output.parent)) from error
-    try:
-        (folder / "out").mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _source_file(
     source: Path | str | ir.Model, workspace: Path, progress: Progress
 ) -> tuple[Path, str]:
@@ -201,13 +218,6 @@ def _source_file(
         path = save_model(source, workspace / "source.onnx", progress=progress).path
         return path, source.graph.name or "model"
     return Path(source), Path(source).name
-
-
-def _size_and_opset(path: Path, model: ir.Model) -> tuple[int, int]:
-    tensors = (site.tensor for site in tensor_sites(model))
-    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    size = path.stat().st_size + sum(file.stat().st_size for file in files)
-    return size, standard_opset(model)
 
 
 def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics | None:
@@ -224,7 +234,8 @@ def _numerics_hook(model: ir.Model, options: CompileOptions) -> VerifyNumerics |
 def _hooks(
     plan: Plan, options: CompileOptions, folder: Path, numerics: VerifyNumerics | None
 ) -> Sequence[PassHook]:
-    arguments = ("--target", plan.target.name, "--weight-range", plan.weight_range.value)
+    arguments = ["--target", plan.target.name, "--weight-range", plan.weight_range.value]
+    arguments += ["--cast-io"] if plan.cast_io else []
     hooks: list[PassHook] = [KeepReproducer(folder, arguments, plan.recipe.to_toml())]
     if options.dump_ir is not None:
         hooks.append(DumpModels(options.dump_ir))
@@ -233,12 +244,19 @@ def _hooks(
     return hooks
 
 
-def _require_something_done(model: ir.Model) -> None:
-    """Stop when a model has no weight that could be quantized, rather than copy it."""
+def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassRecord]) -> None:
+    """Stop when a model has no weight that could be quantized, rather than copy it.
+
+    Of a model that was quantized already another runtime's form is something to do.
+    """
+    if any(record.name == CastTypes.name and record.rewrites for record in records):
+        return
     planned = any(node.metadata_props.get(SCHEME, FLOAT) != FLOAT for node in all_nodes(model))
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
+    if already and not plan.target.runs_here:
+        return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
         raise ModelError(message, hint="give the float model it was made from")
@@ -252,8 +270,13 @@ def _require_something_done(model: ir.Model) -> None:
 def _inspect(
     model: ir.Model, saved: SavedModel, options: CompileOptions, progress: Progress
 ) -> Inspection | None:
-    """Load the written model in the runtime and see which kernels it chooses."""
+    """Load the written model in the runtime and see which kernels it chooses.
+
+    There are none for bfloat16 on a CPU.
+    """
     if not options.inspect_kernels:
+        return None
+    if has_bfloat16(model):
         return None
     names = [
         node.name or ""
@@ -286,6 +309,7 @@ def _quality(
         source,
         saved.path,
         plan.data.samples,
+        native=plan.target.runs_here,
         custom_op_libraries=plan.custom_op_libraries,
         progress=progress,
     )
@@ -318,9 +342,15 @@ def _report(
     inspection: Inspection | None,
     quality: Sequence[OutputQuality],
     latency: Sequence[Timing],
+    engine: EngineReport | None,
     started: float,
 ) -> Report:
-    warnings = latency_warnings(latency) + kernel_warnings(nodes)
+    warnings = (
+        latency_warnings(latency)
+        + kernel_warnings(nodes)
+        + type_warnings(model, runs_here=plan.target.runs_here)
+    )
+    warnings += engine_warnings(engine)
     calibration = None
     if plan.calibration is not None and plan.data is not None:
         samples = plan.data.samples
@@ -337,49 +367,70 @@ def _report(
             fingerprint(saved.path),
             standard_opset(model),
         ),
-        summary=summarize(nodes, latency, seconds=time.perf_counter() - started),
+        summary=summarize(
+            nodes, latency, type_counts(model), seconds=time.perf_counter() - started
+        ),
         nodes=nodes,
         passes=pass_reports(records),
         output_checks=output_checks(numerics.records if numerics else ()),
         warnings=warnings,
         runtime=inspection.runtime if inspection else None,
         calibration=calibration,
+        engine=engine,
+        windows=window_reports(records),
         islands=islands_report(model),
     )
 
 
-def _settings(plan: Plan, options: CompileOptions) -> dict[str, object]:
-    """Return what decides the bytes of the result beside model and recipe."""
-    return {
-        "weight_range": plan.weight_range.value,
-        "never_slower": plan.never_slower,
-        "min_output_sqnr": options.min_output_sqnr,
-        "metric": options.metric,
-        "max_metric_drop": options.max_metric_drop,
-        "islands": None if plan.islands is None else plan.islands.to_text(),
-        "task": None if plan.task is None else plan.task.source,
-        "user_passes": list(options.user_passes),
-        "external_data": options.external_data,
-    }
+@contextmanager
+def _work_folder(
+    source_sha256: Callable[[], str], plan: Plan, options: CompileOptions
+) -> Iterator[WorkFolder | None]:
+    """Hold the folder of intermediate models, if one was named; it is emptied on success."""
+    if options.work_dir is None:
+        yield None
+        return
+    with WorkFolder(options.work_dir, identity_of(source_sha256(), plan, options)) as work:
+        yield work
+        work.finish()
 
 
-def _publish(
-    saved: SavedModel, path: Path, report: Report, settings: dict[str, object]
-) -> CompileResult:
-    """Write report and manifest beside the finished model, and rename all of it into place."""
-    folder = saved.path.parent
-    report_path = path.with_suffix(".report.json")
-    manifest_path = path.with_suffix(".manifest.json")
-    data_path = None if saved.data_path is None else path.with_name(saved.data_path.name)
-    texts = {report_path: report_json(report), manifest_path: manifest_json(report, settings)}
-    try:
-        for final, text in texts.items():
-            (folder / final.name).write_text(text, encoding="utf-8")
-        # The model goes last: whoever sees it finds everything it needs.
-        finished = [report_path, manifest_path, path]
-        for final in finished if data_path is None else [data_path, *finished]:
-            (folder / final.name).replace(final)
-    except OSError as error:
-        message = f"cannot write the result: {error.strerror}"
-        raise UsageError(message, where=str(path)) from error
-    return CompileResult(path, data_path, report_path, manifest_path, report)
+def _gate_options(plan: Plan, options: CompileOptions) -> GateOptions:
+    native = plan.target.runs_here
+    return GateOptions(options.gate_samples, plan.threads, plan.custom_op_libraries, native)
+
+
+def _judged(
+    plan: Plan, options: CompileOptions, source: Path, saved: SavedModel, progress: Progress
+) -> Verdict | None:
+    """Hold the result against the gate, if there is one.
+
+    Raises:
+        GateFailedError: A bound does not hold.
+    """
+    if plan.gate is None:
+        return None
+    candidate = Candidate(saved.path, saved.path.name)
+    if plan.data is not None:
+        samples = plan.data.samples
+        candidate = replace(
+            candidate,
+            calibrated=samples.input_statistics(),
+            calibration_sha256=samples.fingerprint(),
+        )
+    verdict = run_gate(
+        source, candidate, plan.gate, _gate_options(plan, options), progress=progress
+    )
+    if not verdict.passed:
+        raise GateFailedError(verdict)
+    return verdict
+
+
+def _manifest(plan: Plan, options: CompileOptions, report: Report, verdict: Verdict | None) -> str:
+    inputs = {} if plan.data is None else plan.data.samples.input_statistics()
+    return manifest_json(
+        report,
+        settings_of(plan, options),
+        {name: entry.to_table() for name, entry in inputs.items()},
+        None if verdict is None else lasting_figures(verdict),
+    )

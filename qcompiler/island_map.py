@@ -11,7 +11,8 @@ from qcompiler.ir.provenance import forget
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.assign_islands import AssignIslands
-from qcompiler.pipeline import make_plan, pipeline, with_data
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.report.islands import islands_report
 from qcompiler.report.records import IslandsReport
@@ -34,7 +35,7 @@ def map_islands(
         ModelError: The model is malformed, or no weight of it can have islands.
     """
     plan = make_plan(options)
-    if plan.islands is None:
+    if plan.recipe.islands is None:
         message = "nothing says which islands are wanted"
         raise UsageError(message, hint="give --islands tacq and --average-bits 3.1")
     model = load_model(Path(source))

@@ -4,13 +4,19 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.calibration.observers import DEFAULT_PERCENTILE, Observer
 from qcompiler.errors import UsageError
+from qcompiler.export.to_tensorrt import EngineOptions
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.reconstruction import BlockReconstruction
+from qcompiler.quant.scheme import FLOAT, parse_scheme
+from qcompiler.targets.capability import Target
 
 
 class Verification(StrEnum):
@@ -29,6 +35,8 @@ class Reconstruction(StrEnum):
     """Each weight alone, to the nearest code; needs no samples."""
     GPTQ = "gptq"
     """Column by column, so that errors make up for each other in the ops' outputs."""
+    CBQ = "cbq"
+    """Learned over windows of blocks, so that these give what they give in float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,8 @@ class CalibrationOptions:
         observer: How ranges are chosen; None tries each on a few calls and takes the best.
         percentile: For that observer: percent of the values to keep.
         outlier_channels: Channels of one value that may stay in float at most.
+        two_terms_below: An activation of a product gets two terms of codes where the median of its
+            sizes is fewer steps; 0 is never.
         memory_budget: Bytes the process may take while it calibrates.
         statistics: A file that statistics are kept in and reused from.
         is_task: Whether the source is that of a task (`calibration.task_calls.open_task`).
@@ -51,6 +61,7 @@ class CalibrationOptions:
     observer: Observer | None = None
     percentile: float = DEFAULT_PERCENTILE
     outlier_channels: int = 8
+    two_terms_below: float = 3.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
     is_task: bool = False
@@ -93,7 +104,12 @@ class CompileOptions:
     """What a compilation is asked to do.
 
     Attributes:
-        scheme: Text form of one scheme for every site; None takes the target's default.
+        scheme: Text form of one scheme for every site, or "float16" or "bfloat16": float weights,
+            and all of the model cast to that type. None takes the target's default.
+        compute_type: The same types, beside any scheme or recipe: what floats are cast to. None
+            leaves them, or takes the recipe's.
+        float32: Node name patterns that stay in float32 all the same.
+        cast_io: Whether float inputs and outputs of the model get that type, too.
         recipe: Path of a TOML recipe, or a `Recipe`; excludes `scheme`.
         target: Name of the target.
         exclude: Node name patterns (glob, or /regex/) that stay in float.
@@ -104,9 +120,10 @@ class CompileOptions:
         correct_bias: Whether the mean error of output channels is taken out of biases; it takes
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
-        islands: Which parts of weights keep more bits; None takes the recipe's answer. It chooses
-            codes as "gptq" does, and takes samples of the task, or calibration samples, on which
-            the outputs of the float model are the task.
+        blocks: What "cbq" learns, and how.
+        islands: Which parts of weights keep more bits; None takes the recipe's answer. It takes
+            samples of the task, or calibration samples, on which the outputs of the float model
+            are the task; codes are chosen as by "gptq" unless "cbq" is asked for.
         task: What the model is to be good at, for islands. Without other samples, its own are what
             codes are chosen on.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
@@ -126,14 +143,26 @@ class CompileOptions:
         samples: An .npz file with one call's inputs for `verify="numerics"`; None makes them up.
         seed: Seed of made-up inputs.
         dump_ir: Folder that gets the model after every pass, or None.
+        work_dir: Folder that keeps the newest intermediate model, so that the same compilation goes
+            on there when it was stopped; it is emptied at the end. None keeps nothing.
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
+        engine: Where an engine goes that is built from the result, None for none; an output that
+            ends in .engine or .plan is one, too.
+        engine_options: How it is built. Its library is the target's; shapes that its profile does
+            not give come from the samples.
         workers: Threads for quantizing; None is the number of processors.
+        gate: What the result must keep to be written, over what the recipe says; None leaves it to
+            the recipe. Without data of its own it is judged on the samples of calibration.
+        gate_samples: How the gate's data is read.
         memory_limit: Bytes of weights loaded at once when the runtime is inspected.
     """
 
     scheme: str | None = None
+    compute_type: ComputeType | None = None
+    float32: tuple[str, ...] = ()
+    cast_io: bool = False
     recipe: Path | Recipe | None = None
     target: str = "onnxruntime"
     exclude: tuple[str, ...] = ()
@@ -141,6 +170,7 @@ class CompileOptions:
     equalization: EqualizationOptions | None = None
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
+    blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
     islands: IslandRequest | None = None
     task: TaskOptions | None = None
     device: str = "cpu"
@@ -156,20 +186,58 @@ class CompileOptions:
     samples: Path | None = None
     seed: int = 0
     dump_ir: Path | None = None
+    work_dir: Path | None = None
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
+    engine: Path | None = None
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     workers: int | None = None
     memory_limit: int = 64 << 20
+    gate: Gate | None = None
+    gate_samples: SampleOptions = field(default_factory=SampleOptions)
+
+
+def requested_recipe(options: CompileOptions, target: Target) -> Recipe:
+    """Return the recipe that options ask for, with all that they add to it.
+
+    Raises:
+        UsageError: Options contradict each other, or the recipe cannot be read.
+    """
+    if options.scheme in set(ComputeType):
+        compute = ComputeType(options.scheme)
+        if options.compute_type not in (None, compute):
+            message = f"the scheme {compute} and the compute type {options.compute_type} differ"
+            raise UsageError(message, hint="give one of them")
+        options = replace(options, scheme=FLOAT, compute_type=compute)
+    recipe = _schemes(options, target)
+    return recipe.computing_in(options.compute_type, options.float32)
+
+
+def _schemes(options: CompileOptions, target: Target) -> Recipe:
+    if options.recipe is None:
+        default = target.default_scheme
+        if options.calibration is not None:
+            default = target.calibrated_scheme
+        scheme = parse_scheme(options.scheme or default)
+        return Recipe.uniform(scheme, options.exclude)
+    if options.scheme is not None:
+        message = "a scheme and a recipe were given, and a recipe already says which scheme"
+        raise UsageError(message, hint='put `default = "..."` into the recipe')
+    recipe = options.recipe
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.from_toml(recipe)
+    return recipe.excluding(options.exclude)
 
 
 def with_islands(options: CompileOptions) -> CompileOptions:
-    """Return options with what islands imply: codes by GPTQ, on the task's samples if no others.
+    """Return options with what islands imply: codes by what they do, on samples of the task.
 
     Raises:
         UsageError: There are no samples.
     """
-    options = replace(options, reconstruct=Reconstruction.GPTQ)
+    if options.reconstruct is Reconstruction.NONE:
+        options = replace(options, reconstruct=Reconstruction.GPTQ)
     if options.calibration is not None:
         return options
     if options.task is None:

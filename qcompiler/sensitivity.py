@@ -27,7 +27,8 @@ from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.place_quantizers import PlaceQuantizers
 from qcompiler.passes.quantize.calibrate import Calibrate
-from qcompiler.pipeline import Plan, make_plan, pass_named, pipeline, quantizing_passes, with_data
+from qcompiler.pipeline import pass_named, pipeline, quantizing_passes
+from qcompiler.plan import Plan, make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.recipe import Recipe, Rule, Selector
 from qcompiler.quant.scheme import Activations, QScheme, parse_scheme

@@ -7,7 +7,9 @@ import pytest
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
-from qcompiler.pipeline import PASSES, make_plan, pass_named, pipeline, with_data
+from qcompiler.pipeline import PASSES, pass_named, pipeline
+from qcompiler.plan import make_plan, with_data
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.islands import IslandBudget, IslandRequest, Saliency
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
@@ -23,7 +25,7 @@ def names(options: CompileOptions) -> list[str]:
 def test_every_target_lowers_by_its_own_list(target: str) -> None:
     found = names(CompileOptions(target=target))
     after = found[found.index("insert-qdq") + 1 :]
-    assert after == [*TARGETS[target].lowering, "verify-target"]
+    assert after == [*TARGETS[target].intake, *TARGETS[target].lowering, "verify-target"]
 
 
 def test_the_order_is_the_target_s() -> None:
@@ -57,6 +59,11 @@ def test_a_user_s_model_becomes_canonical_again() -> None:
 )
 def test_opset_of_a_scheme(scheme: str, opset: int) -> None:
     assert make_plan(CompileOptions(scheme=scheme)).opset == opset
+
+
+def test_bfloat16_takes_the_opset_in_which_convolutions_have_it() -> None:
+    assert make_plan(CompileOptions(scheme="bfloat16")).opset == 22
+    assert make_plan(CompileOptions(scheme="float16")).opset == 21
 
 
 def passes_with_samples(never_slower: bool | None) -> list[str]:
@@ -99,6 +106,24 @@ def test_regions_are_measured_as_the_rest_of_the_pipeline_makes_them() -> None:
 
 def test_every_pass_is_in_the_table() -> None:
     assert set(names(CompileOptions())) <= set(PASSES)
+
+
+def test_types_are_cast_between_quantizing_and_lowering() -> None:
+    found = names(CompileOptions(scheme="w8a16", compute_type=ComputeType.FLOAT16))
+    at = found.index("cast-types")
+    assert found[at - 1] == "insert-qdq"
+    assert tuple(found[at + 1 : -1]) == TARGETS["onnxruntime"].lowering
+    assert "cast-types" not in names(CompileOptions())
+
+
+def test_nothing_is_equalized_for_float_weights() -> None:
+    options = CompileOptions(scheme="float16", calibration="random")
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    plan = with_data(make_plan(options), model, lambda: "")
+    assert plan.data is not None
+    found = [rewrite.name for rewrite in pipeline(plan)]
+    assert not {"equalize-channels", "correct-bias"} & set(found)
+    assert "cast-types" in found
 
 
 def test_islands_come_before_rounding_and_imply_it() -> None:

@@ -30,6 +30,7 @@ from qcompiler.ir.provenance import (
     PLACEMENT,
     QUANTIZER,
     RANGE,
+    TERMS,
     annotate,
     scheme_of,
 )
@@ -307,7 +308,7 @@ def _fallback(site: Site, model: ir.Model, options: FallbackOptions) -> Resoluti
 def _forget_unused_ranges(graph: ir.Graph) -> None:
     for value in values_of(graph):
         if QUANTIZER not in value.metadata_props:
-            for key in (RANGE, OUTLIERS, ACTIVATION_SQNR):
+            for key in (RANGE, OUTLIERS, TERMS, ACTIVATION_SQNR):
                 value.metadata_props.pop(key, None)
 
 

@@ -12,6 +12,7 @@ from qcompiler.ir.dataflow import is_op, node_label
 from qcompiler.ir.provenance import BYTES_BEFORE, ELEMENTS, WEIGHT, annotate, origins_of
 from qcompiler.ir.quantizable import NotASite, Site, find_sites
 from qcompiler.ir.selection import SelectionIndex
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.recipe import Recipe, Rule
 from qcompiler.quant.scheme import FLOAT, QScheme
 from qcompiler.quant.selector import nearest
@@ -81,6 +82,7 @@ class AssignSchemes(Pass):
         """Decide for every site, then write the decisions."""
         sites, others = find_sites(model)
         asked = _match(self.options.recipe, model, sites, others)
+        types = _compute_types(self.options.recipe, model, sites)
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         groups: dict[ir.Value, list[Site]] = {}
@@ -88,7 +90,7 @@ class AssignSchemes(Pass):
             groups.setdefault(site.weight, []).append(site)
         decisions: dict[ir.Node, Decision] = {}
         for weight, sharing in groups.items():
-            decision = self._decide(weight, sharing, asked, model.graph)
+            decision = self._decide(weight, sharing, asked, types, model.graph)
             for site in sharing:
                 decisions[site.node] = _stricter(decisions.get(site.node), decision)
         described: set[ir.Node] = set()
@@ -114,6 +116,7 @@ class AssignSchemes(Pass):
         weight: ir.Value,
         sharing: Sequence[Site],
         asked: dict[ir.Node, Rule | None],
+        types: dict[ir.Node, ComputeType | None],
         main: ir.Graph,
     ) -> Decision:
         """Decide for all sites that share a weight."""
@@ -122,14 +125,24 @@ class AssignSchemes(Pass):
             return Decision(None, "shared-weight", obstacle)
         chosen: Decision | None = None
         for site in sharing:
-            decision = self._decide_one(site, asked[site.node], main, tied=len(sharing) > 1)
+            decision = self._decide_one(
+                site, asked[site.node], types[site.node], main, tied=len(sharing) > 1
+            )
             chosen = _stricter(chosen, decision)
         if chosen is None:
             message = f"the weight {weight.name} belongs to no site"
             raise ValueError(message)
         return chosen
 
-    def _decide_one(self, site: Site, rule: Rule | None, main: ir.Graph, *, tied: bool) -> Decision:
+    def _decide_one(
+        self,
+        site: Site,
+        rule: Rule | None,
+        compute_type: ComputeType | None,
+        main: ir.Graph,
+        *,
+        tied: bool,
+    ) -> Decision:
         recipe = self.options.recipe
         scheme = recipe.default if rule is None else rule.scheme
         label = "recipe default" if rule is None else rule.label
@@ -145,7 +158,8 @@ class AssignSchemes(Pass):
                 where=node_label(site.node),
                 hint="the export is broken, or exclude the node",
             )
-        request = request_for(site, scheme, tied=tied, in_body=site.node.graph is not main)
+        in_body = site.node.graph is not main
+        request = request_for(site, scheme, tied=tied, in_body=in_body, compute_type=compute_type)
         resolution = resolve(self.options.target, request)
         if resolution.scheme is None:
             return Decision(None, resolution.rule, resolution.reason)
@@ -174,8 +188,22 @@ def _match(
     }
 
 
+def _compute_types(
+    recipe: Recipe, model: ir.Model, sites: Sequence[Site]
+) -> dict[ir.Node, ComputeType | None]:
+    """Return the type each op is going to be cast to, as far as the recipe knows.
+
+    Raises:
+        UsageError: An op that is to stay in float32 does not exist.
+    """
+    index = SelectionIndex(model, find_blocks(model) if _uses_blocks(recipe) else [])
+    wide = {node for selector in recipe.float32 for node in index.nodes(selector, "float32")}
+    return {site.node: None if site.node in wide else recipe.compute_type for site in sites}
+
+
 def _uses_blocks(recipe: Recipe) -> bool:
-    return any(rule.selector.blocks is not None for rule in recipe.rules)
+    selectors = [*(rule.selector for rule in recipe.rules), *recipe.float32]
+    return any(selector.blocks is not None for selector in selectors)
 
 
 def _unmatched(rule: Rule, candidates: Sequence[ir.Node]) -> UsageError:

@@ -48,6 +48,8 @@ class IntegerRegions:
         rule = self.members[node]
         if rule.part is Part.VANISHES:
             return ()
+        if rule.part is Part.JOINS:
+            return self._other_branch(node, rule)
         return _data_positions(node, rule)
 
     def quantizers(self) -> Iterator[Quantizer]:
@@ -118,6 +120,31 @@ class IntegerRegions:
             use.node in self.members and use.idx in self.reads(use.node) for use in value.uses()
         )
 
+    def _other_branch(self, node: ir.Node, rule: PlacementRule) -> tuple[int, ...]:
+        """Return the position that is not the sums of an op beside a joining one, () for none.
+
+        Where both are sums, those that are computed last stay as they are.
+        """
+        if len(node.inputs) != 2:
+            return ()
+        order = {member: place for place, member in enumerate(self.members)}
+        producers = [self._summed_by(value, rule) for value in node.inputs]
+        summed = [
+            (order[producer], index)
+            for index, producer in enumerate(producers)
+            if producer is not None
+        ]
+        return (1 - max(summed)[1],) if summed else ()
+
+    def _summed_by(self, value: ir.Value | None, rule: PlacementRule) -> ir.Node | None:
+        """Return the op beside a joining one that computes a value for it alone."""
+        producer = value.producer() if value is not None else None
+        if value is None or producer is None or producer not in self.members:
+            return None
+        op = (standard_domain(producer.domain), producer.op_type)
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        return producer if op in rule.beside and alone else None
+
     def complaint(self, node: ir.Node) -> str:
         """Say why a member cannot stay one, "" if it can."""
         return _COMPLAINTS[self.members[node].part](self, node)
@@ -159,6 +186,15 @@ class IntegerRegions:
             return ""
         return "nothing that works on integers reads its result"
 
+    def _joins(self, node: ir.Node) -> str:
+        read = self.reads(node)
+        if not read:
+            beside = ", ".join(op for _, op in self.members[node].beside)
+            return f"it adds no sums of a {beside} on quantized values"
+        if constant_of(node.inputs[read[0]]) is not None:
+            return "one of its inputs is a constant in float"
+        return ""
+
     def _vanishes(self, node: ir.Node) -> str:
         source = node.inputs[0]
         head = source.producer() if source is not None else None
@@ -174,6 +210,7 @@ _COMPLAINTS: dict[Part, Callable[[IntegerRegions, ir.Node], str]] = {
     Part.COMPUTES: IntegerRegions._computes,
     Part.FOLLOWS: IntegerRegions._follows,
     Part.CARRIES: IntegerRegions._follows,
+    Part.JOINS: IntegerRegions._joins,
     Part.VANISHES: IntegerRegions._vanishes,
 }
 

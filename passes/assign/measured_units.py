@@ -15,6 +15,7 @@ from qcompiler.ir.provenance import (
     REGION,
     SCHEME,
     SHARES,
+    TERMS,
     scheme_of,
 )
 from qcompiler.ir.quantizable import Site, find_sites
@@ -52,10 +53,10 @@ class Unit:
         return next(value for node in self.nodes for value in _read_quantized(node))
 
     @property
-    def has_outliers(self) -> bool:
-        """Whether channels of a value that is read quantized stay in float."""
+    def one_scale_is_coarse(self) -> bool:
+        """Whether a value that is read quantized has outlier channels, or two terms."""
         read = (value for node in self.nodes for value in _read_quantized(node))
-        return any(OUTLIERS in value.metadata_props for value in read)
+        return any({OUTLIERS, TERMS} & value.metadata_props.keys() for value in read)
 
     def plan(self) -> tuple[object, ...]:
         """Return what was planned for its nodes and values, names left out."""
@@ -65,7 +66,7 @@ class Unit:
             rows.append((facts.get(SCHEME), facts.get(QUANTIZED_INPUTS)))
         for value in (*self.segment.inputs, *_computed(self.segment)):
             facts = value.metadata_props
-            rows.append((facts.get(QUANTIZER), SHARES in facts, OUTLIERS in facts))
+            rows.append((facts.get(QUANTIZER), SHARES in facts, OUTLIERS in facts, TERMS in facts))
         return tuple(rows)
 
     def what(self, shapes: Mapping[str, Sequence[int]]) -> str:

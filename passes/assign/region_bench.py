@@ -136,7 +136,7 @@ def _first_question(unit: Unit, target: Target) -> _Question:
     if unit.products_only:
         for variant, activations in _ALTERNATIVES.items():
             found = alternative(unit, activations, target)
-            fits = variant is Variant.WEIGHTS or not unit.has_outliers
+            fits = variant is Variant.WEIGHTS or not unit.one_scale_is_coarse
             if fits and len(found) == len(unit.nodes):
                 resolutions[variant] = found
     return _Question(unit, (Variant.PLANNED, *resolutions), resolutions)

@@ -38,12 +38,14 @@ class ScaleOptions:
         percentile: Percent of an activation's examples that its range covers; None takes the
             whole range over all calls.
         outlier_limit: How many channels calibration may leave in float.
+        two_terms_below: What calibration gives two terms of codes.
     """
 
     method: EqualizationMethod = EqualizationMethod.AUTO
     alpha: float = 0.5
     percentile: float | None = None
     outlier_limit: int = 8
+    two_terms_below: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ def choose_scales(
     scales are better than leaving the group as it is.
     """
     products = [
-        QuantizedProduct(r.site, r.channels, examples[r.site], options.outlier_limit)
+        QuantizedProduct(
+            r.site, r.channels, examples[r.site], options.outlier_limit, options.two_terms_below
+        )
         for r in group.readers
         if scheme_of(r.site.node) is not None and r.site in examples
     ]

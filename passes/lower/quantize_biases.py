@@ -43,7 +43,7 @@ class QuantizeBiases(Pass):
         taken = value_names(model) | {node.name for node in all_nodes(model) if node.name}
         for node in list(all_nodes(model)):
             bias = bias_of(node) if reads_codes(node) else None
-            step = None if bias is None else _step(node)
+            step = None if bias is None else _step(node, len(bias.values))
             if bias is None or step is None or len(bias.values) not in (1, len(step)):
                 continue
             codes = np.rint(bias.values.astype(np.float64) / step)
@@ -81,26 +81,42 @@ class QuantizeBiases(Pass):
         drop_unused_initializers([old])
 
 
-def _step(node: ir.Node) -> npt.NDArray[np.float32] | None:
-    """Return what one step of the sums is worth, `[channels]`; None where it is not known."""
+def _step(node: ir.Node, count: int) -> npt.NDArray[np.float32] | None:
+    """Return what one step of the sums is worth, `[channels]`; None where it is not known.
+
+    Args:
+        node: The op.
+        count: Elements of its bias, which stand for the channels where the weight has one scale.
+    """
     data, weight = data_scale(node), _weight_scale(node)
     alpha = node.attributes.get("alpha")
     if data is None or weight is None or (alpha is not None and alpha.as_float() != 1.0):
         return None
     step = read_all(weight).astype(np.float32) * np.float32(data)
+    if step.ndim == 0:
+        step = np.full(count, step, np.float32)
     return step if step.ndim == 1 and (step > 0).all() else None
 
 
 def _weight_scale(node: ir.Node) -> ir.TensorProtocol | None:
-    """Return the scales of a weight with one for each output channel."""
+    """Return the scales of a weight with one for each output channel, or one for all of them."""
+    producer = _dequantize_of(node)
+    scale = constant_of(producer.inputs[1]) if producer is not None else None
+    if scale is not None and len(scale.shape) == 0:
+        return scale
     if is_op(node, "Conv"):
-        source = node.inputs[1]
-        producer = source.producer() if source is not None else None
-        if producer is None or not is_op(producer, "DequantizeLinear"):
-            return None
-        plain = int_attribute(producer, "axis", 1) == 0
-        return constant_of(producer.inputs[1]) if plain else None
+        plain = producer is not None and int_attribute(producer, "axis", 1) == 0
+        return scale if plain else None
     path = weight_path(node)
     if path is None or path.matrix.block_size is not None or not path.along_reduction:
         return None
     return constant_of(path.matrix.scale)
+
+
+def _dequantize_of(node: ir.Node) -> ir.Node | None:
+    """Return the DequantizeLinear of a weight, behind a Transpose too."""
+    source = node.inputs[1]
+    producer = source.producer() if source is not None else None
+    if producer is not None and is_op(producer, "Transpose") and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer if is_op(producer, "DequantizeLinear") else None

@@ -12,7 +12,7 @@ _CARRIED_BY = ("Reshape", "Expand", "Transpose")
 """Ops between a constant and its reader; further inputs of theirs are shapes."""
 
 
-def record_stored_bytes(model: ir.Model, created_by: str) -> None:
+def record_stored_bytes(model: ir.Model, created_by: str | None) -> None:
     """Write the bytes of codes, scales and zero points anew on the sites that a pass lowered.
 
     Sites of one weight carry the same number: the bytes of all that any of them reads, each
@@ -20,14 +20,15 @@ def record_stored_bytes(model: ir.Model, created_by: str) -> None:
 
     Args:
         model: The model, changed in place.
-        created_by: Name of the pass.
+        created_by: Name of the pass; None looks at all sites.
     """
     sites: dict[str, list[ir.Node]] = {}
     for node in all_nodes(model):
         if BYTES_AFTER in node.metadata_props:
             sites.setdefault(_weight_name(node), []).append(node)
     for group in sites.values():
-        if not any(node.metadata_props.get(CREATED_BY) == created_by for node in group):
+        makers = {node.metadata_props.get(CREATED_BY) for node in group}
+        if created_by is not None and created_by not in makers:
             continue
         stored = {value: size for node in group for value, size in _stored(node)}
         for node in group:
@@ -55,7 +56,9 @@ def _weight_values(node: ir.Node) -> Iterator[ir.Value | None]:
     for value in node.inputs:
         source = _carried(value)
         producer = source.producer() if source is not None else None
-        if producer is not None and is_op(producer, "DequantizeLinear"):
+        if producer is None or not is_op(producer, "DequantizeLinear"):
+            continue
+        if constant_of(producer.inputs[0]) is not None:
             yield from producer.inputs
 
 

@@ -1,18 +1,23 @@
 """Checks a lowered model against the tables of its target."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import onnx_ir as ir
 
 from qcompiler.errors import InternalError, QCompilerError, TargetError
 from qcompiler.ir.dataflow import all_nodes, is_op, node_label, standard_domain, standard_opset
 from qcompiler.ir.provenance import CREATED_BY, RULE, SCHEME
+from qcompiler.ir.quantizable import row_of
+from qcompiler.passes.lower.quantizer_demands import broken_demand
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.capability import Target
+from qcompiler.targets.processors import PROCESSORS, without_type
 from qcompiler.targets.rows import LoweredOp
+
+_ALL_CODES: Final = frozenset(name for one in PROCESSORS for name in one.code_types)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +66,14 @@ class VerifyTarget(Pass):
             forms.setdefault(form.op, []).append(form)
         rules = {row.rule for row in target.rows}
         for node in all_nodes(model):
+            _check_exists(node, target)
             if CREATED_BY in node.metadata_props or is_op(
                 node, "QuantizeLinear", "DequantizeLinear"
             ):
-                fault = _fault(node, forms.get(_op_of(node), []))
+                fault = _fault(node, forms.get(_op_of(node), [])) or _unfit(node, target)
                 if fault:
                     raise _error(node, target, fault)
+            _check_compute_type(node, target)
             _check_rule(node, target, rules)
         return PassResult()
 
@@ -77,6 +84,40 @@ def _check_opset(model: ir.Model, target: Target) -> None:
         message = f"{target.title} loads opset {target.opset_min} to {target.opset_max}, "
         message += f"and the model is at {version}"
         raise TargetError(message, hint=f"export it with an opset up to {target.opset_max}")
+
+
+def _check_exists(node: ir.Node, target: Target) -> None:
+    """Refuse an op that the target does not have, whoever made it."""
+    domain, name = _op_of(node)
+    for missing in target.missing_ops:
+        if domain == missing.domain and (not missing.names or name in missing.names):
+            message = f"{target.title} has no {'.'.join(part for part in (domain, name) if part)}"
+            raise TargetError(message, where=node_label(node), hint=missing.way_out)
+
+
+def _check_compute_type(node: ir.Node, target: Target) -> None:
+    """Refuse a product in a float type that one of the processors has no product in."""
+    row = row_of(node)
+    dtype = node.outputs[0].dtype
+    if row is None or row.data is None or dtype is None or not target.processors:
+        return
+    without = [one.name for one in target.processors if dtype.name not in one.compute_types]
+    if without:
+        message = f"{', '.join(without)} has no {node.op_type} in {dtype.name}"
+        hint = "compute in float16, or name other processors in --target"
+        raise TargetError(message, where=node_label(node), hint=hint)
+
+
+def _unfit(node: ir.Node, target: Target) -> str:
+    """Return which processor does not have the quantized types of a node, "" if all have."""
+    for value in (*node.inputs, *node.outputs):
+        name = value.dtype.name if value is not None and value.dtype is not None else ""
+        if name not in _ALL_CODES or not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+            continue
+        without = without_type(target.processors, name)
+        if without:
+            return f"{', '.join(without)} has no {name}"
+    return ""
 
 
 def _check_rule(node: ir.Node, target: Target, rules: set[str]) -> None:
@@ -96,7 +137,11 @@ def _fault(node: ir.Node, forms: list[LoweredOp]) -> str:
     """Return why no form allows a node, "" if one does; of several, what the last one says."""
     fault = "there is no such op in its table"
     for form in forms:
-        fault = _wrong_type(node, form) or _wrong_attribute(node, form)
+        fault = (
+            _wrong_type(node, form)
+            or _wrong_attribute(node, form)
+            or broken_demand(node, form.demands)
+        )
         if not fault:
             return ""
     return fault

@@ -1,6 +1,7 @@
 """Finds the ranges of the activations that are to be quantized, from samples."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.coarseness import median_magnitude
 from qcompiler.calibration.collect import collect_statistics
+from qcompiler.calibration.grid_error import grid_of
 from qcompiler.calibration.observers import (
     DEFAULT_PERCENTILE,
     Observer,
@@ -33,6 +36,7 @@ from qcompiler.ir.provenance import (
     QUANTIZER,
     RANGE,
     SHARES,
+    TERMS,
     annotate,
     quantizer_of,
 )
@@ -42,6 +46,8 @@ from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Re
 from qcompiler.rewriting.stages import Stage
 
 _TRIAL_CALLS: Final = 16
+_SECOND_TERM_DB: Final = 20 * math.log10(254)
+"""The second term has steps so much smaller."""
 _SHARE_OF_OUTPUTS: Final = 8
 """One part in so many of the memory budget is for outputs that variants are compared with."""
 
@@ -58,6 +64,8 @@ class CalibrateOptions:
         trial: For that: what turns a model with ranges into one whose activations are quantized.
         percentile: For that observer.
         outlier_limit: Channels of one value that may stay in float at most; 0 is none.
+        two_terms_below: Values whose median is fewer steps large get two terms of codes; 0 gives
+            none.
         memory_budget: Bytes the process may take.
         statistics: A file of statistics: read if it exists, else written.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
@@ -69,6 +77,7 @@ class CalibrateOptions:
     trial: tuple[Pass, ...] = ()
     percentile: float = DEFAULT_PERCENTILE
     outlier_limit: int = 8
+    two_terms_below: float = 3.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
     custom_op_libraries: tuple[Path, ...] = ()
@@ -79,6 +88,7 @@ class Calibrate(Pass):
 
     Before: x     # qcompiler.quantizer = "uint8:asym"
     After:  x     # qcompiler.range = "[-0.17, 6.2]", qcompiler.outlier_channels = "[856]"
+                  # or qcompiler.terms = "2", where its values are few steps large
     Refuses: values that no sample fills, since they have no range; they are not quantized.
 
     The graph does not change. The model runs in ONNX Runtime on every sample, unless a file of
@@ -115,6 +125,7 @@ class Calibrate(Pass):
             found = statistics.tensors[value.name or ""]
             if found.count:
                 self._mark_outliers(value, found)
+                self._mark_coarse(value, statistics)
                 filled.append(value)
             else:
                 reason = f"{value.name} has no element in any sample, and so no range"
@@ -132,9 +143,13 @@ class Calibrate(Pass):
         return PassResult(rewrites, tuple(skips))
 
     def _wanted(self, value: ir.Value) -> Wanted:
-        channels = _channel_axis(value) if self.options.outlier_limit else None
-        observer = self.options.observer
-        return Wanted(value.name or "", observer is None or observer.needs_histogram, channels)
+        options = self.options
+        axis = _channel_axis(value)
+        observer = options.observer
+        histogram = observer is None or observer.needs_histogram
+        coarse = axis is not None and options.two_terms_below > 0
+        channels = axis if options.outlier_limit else None
+        return Wanted(value.name or "", histogram or coarse, channels)
 
     def _best_observer(
         self,
@@ -204,14 +219,30 @@ class Calibrate(Pass):
         if channels:
             value.metadata_props[OUTLIERS] = json.dumps(channels)
 
+    def _mark_coarse(self, value: ir.Value, statistics: Statistics) -> None:
+        """Write on a value that one term is too coarse; with two it needs no outlier channels."""
+        if not self.options.two_terms_below or _channel_axis(value) is None:
+            return
+        qtype, symmetric = quantizer_of(value)
+        found = _inliers(value, statistics)
+        if found.histogram is None:
+            return
+        low, high = min(found.minimum, 0.0), max(found.maximum, 0.0)
+        step = grid_of(low, high, qtype, symmetric=symmetric).scale
+        size = median_magnitude(found.histogram.centers, found.histogram.counts)
+        if size < self.options.two_terms_below * step:
+            value.metadata_props[TERMS] = "2"
+            value.metadata_props.pop(OUTLIERS, None)
+
     def _range(
         self, value: ir.Value, statistics: Statistics, observer: Observer
     ) -> tuple[float, float]:
         """Return the range of a value's codes, its outlier channels left out."""
         qtype, symmetric = quantizer_of(value)
+        # What a range leaves out is no residual that one step could hold.
         return choose_range(
             _inliers(value, statistics),
-            observer,
+            Observer.MIN_MAX if TERMS in value.metadata_props else observer,
             qtype,
             symmetric,
             percentile=self.options.percentile,
@@ -228,6 +259,9 @@ class Calibrate(Pass):
         if found.histogram is not None:
             qtype, symmetric = quantizer_of(value)
             quality = activation_sqnr_db(found, qtype, low, high, symmetric=symmetric)
+            if TERMS in value.metadata_props:
+                quality += _SECOND_TERM_DB
+                clause += " in two terms"
             if np.isfinite(quality):
                 annotate(value, **{ACTIVATION_SQNR.removeprefix("qcompiler."): quality})
                 clause += f", {quality:.1f} dB"

@@ -10,7 +10,7 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.ir.dataflow import all_nodes, is_op, node_name
 from qcompiler.ir.editing import value_names
 from qcompiler.ir.linear_ops import LINEAR_OPS, LinearOp, NotFoldableError
-from qcompiler.ir.provenance import BIAS_CORRECTED, OUTLIERS, annotate, scheme_of
+from qcompiler.ir.provenance import BIAS_CORRECTED, OUTLIERS, TERMS, annotate, scheme_of
 from qcompiler.ir.quantizable import row_of
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.quantize.bias_corrections import Correction, measure_corrections
@@ -171,10 +171,10 @@ def _require_added_bias(node: ir.Node, target: Target) -> None:
         )
         raise NotFoldableError(message)
     static = scheme.activations is Activations.STATIC
-    if static and data is not None and OUTLIERS in data.metadata_props:
+    if static and data is not None and {OUTLIERS, TERMS} & data.metadata_props.keys():
         message = (
-            "it has no bias, and the part of it that outlier channels contribute comes between "
-            "its kernel and an Add"
+            "it has no bias, and what outlier channels or a second term of codes contribute comes "
+            "between its kernel and an Add"
         )
         raise NotFoldableError(message)
 

@@ -19,6 +19,7 @@ from qcompiler.ir.provenance import (
     RANGE,
     SHARES,
 )
+from qcompiler.ir.quantizable import FLOAT_TYPES
 from qcompiler.ir.substitution import new_node
 from qcompiler.quant.qtype import qtype_named
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
@@ -84,10 +85,14 @@ class InsertActivationQdq(Pass):
         type_name, _, symmetry = value.metadata_props[QUANTIZER].partition(":")
         qtype = qtype_named(type_name)
         low, high = json.loads(text)
-        grid = grid_of(low, high, qtype, symmetric=symmetry == "sym")
+        # DequantizeLinear returns the type of its scale.
+        float_type = value.dtype if value.dtype in FLOAT_TYPES else ir.DataType.FLOAT
+        grid = grid_of(
+            low, high, qtype, symmetric=symmetry == "sym", scale_dtype=float_type.numpy()
+        )
         stored = ir.DataType[qtype.onnx_name]
         parts = {
-            "scale": ir.tensor(np.array(grid.scale, np.float32)),
+            "scale": ir.tensor(np.array(grid.scale, float_type.numpy()), dtype=float_type),
             "zero_point": ir.tensor(np.array(grid.zero_point, stored.numpy())),
         }
         made = []

@@ -1,7 +1,7 @@
 """Stores weights as integer codes behind DequantizeLinear nodes."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,8 +24,14 @@ from qcompiler.ir.provenance import (
 from qcompiler.ir.quantizable import Site, find_sites, planned_spec
 from qcompiler.ir.weights import WeightStore, read_slice
 from qcompiler.passes.quantize.bias_scales import least_shared_scales
-from qcompiler.quant.granularity import PerAxis, PerBlock
-from qcompiler.quant.ranges import QuantizedTensor, RangeMethod, quantize_tensor, sqnr_db
+from qcompiler.quant.granularity import PerBlock, PerTensor
+from qcompiler.quant.ranges import (
+    QuantizedTensor,
+    RangeMethod,
+    quantize_slice,
+    quantize_tensor,
+    sqnr_db,
+)
 from qcompiler.quant.scheme import QSpec
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
@@ -197,7 +203,7 @@ def _quantize_in_slices(
     code_type = ir.DataType[spec.qtype.onnx_name]
     # ONNX Runtime makes a QGemm only where the weight says that its zero point is 0.
     stated = QUANTIZED_INPUTS in site.node.metadata_props
-    least = least_shared_scales(sites) if spec.pairs is not None else None
+    least = _least_scale(sites, spec)
     if len(slices) == 1:
         values = reader.read(tensor, 0, 0, site.shape[0])
         whole = quantize_tensor(values, spec, method, scale_dtype, least)
@@ -205,13 +211,50 @@ def _quantize_in_slices(
         return _weight(name, codes, [whole], axis, code_type, store, state_zeros=stated)
     writer = store.open_tensor(f"{name}.codes", code_type, site.shape)
     parts: list[QuantizedTensor] = []
+    shared: npt.NDArray[Any] | None = None
+    if isinstance(spec.granularity, PerTensor):
+        every = (reader.read(tensor, axis, *bounds) for bounds in slices)
+        shared = _shared_scale(every, spec, scale_dtype, least)
     for start, stop in slices:
         values = reader.read(tensor, axis, start, stop)
-        floor = None if least is None else least[start:stop]
-        part = quantize_tensor(values, spec, method, scale_dtype, floor)
+        if shared is not None:
+            part = quantize_slice(values, spec, shared)
+        else:
+            floor = None if least is None else least[start:stop]
+            part = quantize_tensor(values, spec, method, scale_dtype, floor)
         writer.write_slice(axis, start, part.codes)
         parts.append(_without_codes(part))
     return _weight(name, writer.finish(), parts, axis, code_type, store, state_zeros=stated)
+
+
+def _shared_scale(
+    slices: Iterable[npt.NDArray[Any]],
+    spec: QSpec,
+    dtype: np.dtype[Any],
+    least: npt.NDArray[np.float32] | None,
+) -> npt.NDArray[Any]:
+    """Return the scale of a whole tensor, which covers the range of all its slices.
+
+    At 8 bits clipping gains next to nothing.
+    """
+    scale = np.ones((), dtype)
+    found = False
+    for values in slices:
+        part = quantize_tensor(values, spec, RangeMethod.MIN_MAX, dtype, least)
+        # A slice of zeros has the scale 1, which says nothing about the others.
+        if part.squared_signal and (not found or part.scale > scale):
+            scale, found = part.scale, True
+    return scale
+
+
+def _least_scale(sites: Sequence[Site], spec: QSpec) -> npt.NDArray[np.float32] | None:
+    """Return what the scales of a weight must not be below, in their shape; None for no limit."""
+    if spec.pairs is None:
+        return None
+    least = least_shared_scales(sites)
+    if least is None or not isinstance(spec.granularity, PerTensor):
+        return least
+    return np.asarray(least.max(), np.float32)
 
 
 def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
@@ -224,8 +267,8 @@ def _plan_slices(site: Site, spec: QSpec) -> tuple[int, list[tuple[int, int]]]:
     if isinstance(granularity, PerBlock):
         axis, unit = 0, granularity.block_size if granularity.axis == 0 else 1
     else:
-        assert isinstance(granularity, PerAxis)  # the two that `Site.granularity` gives
-        axis, unit = granularity.axis, 1
+        # Reduction rows stay whole also where all of them share a scale.
+        axis, unit = site.axes.output or 0, 1
     pieces = -(-site.tensor.nbytes // (SLICE_BYTES if axis == 0 else COLUMN_SLICE_BYTES))
     if pieces == 1:
         return 0, [(0, shape[0])]
@@ -272,7 +315,7 @@ def _weight(
 
 
 def _join(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any]:
-    if len(parts) == 1:
+    if len(parts) == 1 or parts[0].ndim == 0:
         return parts[0]
     # A per-axis scale is a vector over the very axis the slices were cut along.
     return np.concatenate(parts, axis=0 if parts[0].ndim == 1 else axis)
@@ -315,8 +358,9 @@ def _tensors(weight: QuantizedWeight) -> Iterator[ir.TensorProtocol]:
 
 def _dequantize_node(site: Site, operands: Sequence[ir.Value], name: str) -> ir.Node:
     granularity = _spec(site).granularity
-    assert isinstance(granularity, PerAxis | PerBlock)
-    attributes = [ir.AttrInt64("axis", granularity.axis)]
+    attributes = []
+    if not isinstance(granularity, PerTensor):
+        attributes.append(ir.AttrInt64("axis", granularity.axis))
     if isinstance(granularity, PerBlock):
         attributes.append(ir.AttrInt64("block_size", granularity.block_size))
     node = ir.Node("", "DequantizeLinear", operands, attributes, name=name, num_outputs=1)

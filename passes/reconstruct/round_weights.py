@@ -1,20 +1,15 @@
 """Rounds weights so that the errors of their codes make up for each other (GPTQ)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
 from qcompiler.errors import InternalError
-from qcompiler.ir.provenance import SCHEME
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
-
-if TYPE_CHECKING:
-    from qcompiler.reconstruction.rounding import Outcome
 
 RULE = "round-weights"
 
@@ -91,6 +86,7 @@ class RoundWeights(Pass):
         from qcompiler.reconstruction.block_stream import open_device
         from qcompiler.reconstruction.kept_islands import open_islands
         from qcompiler.reconstruction.rounding import RoundingRun, round_model
+        from qcompiler.reconstruction.rounding_records import records_of
         from qcompiler.reconstruction.starting_point import edges, quantize_to_start
         from qcompiler.reconstruction.weight_rounding import RoundingSettings
 
@@ -123,24 +119,7 @@ class RoundWeights(Pass):
         if edges(model) != before:
             message = "rounding changed more than the contents of initializers"
             raise InternalError(message, where=self.label)
-        records = [record for outcome in outcomes for record in _records(outcome)]
+        records = [record for outcome in outcomes for record in records_of(outcome)]
         rewrites = [record for record in records if isinstance(record, Rewrite)]
         skips = [record for record in records if isinstance(record, Skip)]
         return PassResult((*start.rewrites, *rewrites), (*start.skips, *skips))
-
-
-def _records(outcome: "Outcome") -> Iterator[Rewrite | Skip]:
-    """Yield what became of a weight, for every site that reads it."""
-    for site in outcome.weight.sites:
-        if outcome.reason:
-            yield Skip(RULE, site.label, outcome.reason)
-            continue
-        detail = (
-            f"{site.node.metadata_props[SCHEME]}, output {outcome.sqnr_before:.1f} -> "
-            f"{outcome.sqnr_after:.1f} dB"
-        )
-        rows = outcome.weight.rows.count
-        if outcome.changed < rows:
-            detail += f", {rows - outcome.changed} of {rows} channels as they were"
-        detail += f", damping {outcome.damping:g}" if outcome.damping > 0.01 else ""
-        yield Rewrite(RULE, site.label, detail)

@@ -141,6 +141,10 @@ def _open_file(path: Path, signature: Signature, options: SampleOptions) -> _Arr
         name: replace(entry, cut=_cut(entry.header, signature.named(name), signature, options))
         for name, entry in entries.items()
     }
+    entries = {
+        name: _along(entry, entries) if signature.named(name).label else entry
+        for name, entry in entries.items()
+    }
     forms = {n: (e.header.dtype, e.cut.piece(e.header.shape)) for n, e in entries.items()}
     signature.check(forms, str(path), stored)
     calls = _count_calls(path, entries)
@@ -189,6 +193,16 @@ def _cut(header: Header, wanted: Input, signature: Signature, options: SampleOpt
     if options.batch_size is None or axis is None or shape[axis] <= options.batch_size:
         return _WHOLE
     return Cut(axis, options.batch_size)
+
+
+def _along(label: _Entry, entries: Mapping[str, _Entry]) -> _Entry:
+    """Cut an array of labels as the inputs are cut: a row for each of their samples."""
+    rows = label.header.shape[0] if label.header.shape else 0
+    for entry in entries.values():
+        cut, shape = entry.cut, entry.header.shape
+        if cut.axis is not None and rows == shape[cut.axis]:
+            return replace(label, cut=Cut(0, cut.size))
+    return label
 
 
 def _batch_axis(wanted: Input, signature: Signature) -> int | None:

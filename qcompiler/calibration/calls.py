@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from qcompiler.calibration.input_statistics import InputMoments, InputStatistics, is_float_input
 
 Feeds = dict[str, npt.NDArray[Any]]
 """One call's inputs: input name to array, in the order of the model's inputs."""
@@ -83,17 +84,26 @@ class Samples:
         """
         return self._survey[0]
 
+    def input_statistics(self) -> dict[str, InputStatistics]:
+        """Return what the values of float inputs look like, by name; read with the above."""
+        return self._survey[2]
+
     @cached_property
-    def _survey(self) -> tuple[str, tuple[str, ...]]:
+    def _survey(self) -> tuple[str, tuple[str, ...], dict[str, InputStatistics]]:
         digest = hashlib.sha256()
         inputs: dict[str, _Seen] = {}
         for feeds in self:
             digest.update(call_digest(feeds))
             for name, array in feeds.items():
-                if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
+                if is_float_input(array):
                     inputs.setdefault(name, _Seen()).add(array)
         found = (seen.warning(name, self.count) for name, seen in inputs.items())
-        return digest.hexdigest(), tuple(text for text in found if text)
+        statistics = {name: seen.moments.statistics() for name, seen in inputs.items()}
+        return (
+            digest.hexdigest(),
+            tuple(text for text in found if text),
+            {name: entry for name, entry in statistics.items() if entry is not None},
+        )
 
 
 def warnings(samples: Samples) -> tuple[str, ...]:
@@ -129,8 +139,10 @@ class _Seen:
         self._varies = False
         self._size = 0
         self._calls_with_nan = 0
+        self.moments = InputMoments()
 
     def add(self, array: npt.NDArray[Any]) -> None:
+        self.moments.add(array)
         self._size = max(self._size, array.size)
         if not array.size:
             return

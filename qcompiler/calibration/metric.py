@@ -1,11 +1,13 @@
 """What a user demands of the outputs of a quantized model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -24,7 +26,8 @@ class Metric:
 
     Attributes:
         reference: `module:function`.
-        function: Called with a `Run`; returns a number, higher is better.
+        function: Called with a `Run`; returns a number, higher is better, or one for each sample,
+            whose mean counts.
     """
 
     reference: str
@@ -39,16 +42,19 @@ class Metric:
         with open_session(
             model, optimize=False, custom_op_libraries=custom_op_libraries
         ) as session:
-            try:
-                found = float(self.function(session.run))
-            except QCompilerError:
-                raise
-            except Exception as error:  # whatever the user's code raises
-                message = f"failed with {type(error).__name__}: {error}"
-                hint = "--traceback shows where in the function"
-                raise UsageError(message, where=f"--metric {self.reference}", hint=hint) from error
-        if not isfinite(found):
-            message = f"returned {found}, and a metric is a finite number"
+            return float(self.scores(session.run).mean())
+
+    def scores(self, run: Run) -> npt.NDArray[np.float64]:
+        """Measure whatever `run` runs; returns one score, or one for each sample, `[samples]`.
+
+        Raises:
+            UsageError: The user's function fails, or returns no finite numbers.
+        """
+        with users_metric(self.reference):
+            found = np.atleast_1d(np.asarray(self.function(run), dtype=np.float64))
+        if found.ndim != 1 or not found.size or not np.isfinite(found).all():
+            shown = found.item() if found.size == 1 else found
+            message = f"returned {shown}, and a metric is a finite number, or one for each sample"
             raise UsageError(message, where=f"--metric {self.reference}")
         return found
 
@@ -95,6 +101,19 @@ def output_bound(
     if min_sqnr_db is None and metric is None:
         return None
     return OutputBound(min_sqnr_db, None if metric is None else find_metric(metric), max_drop or 0)
+
+
+@contextmanager
+def users_metric(reference: str) -> Iterator[None]:
+    """Turn whatever a user's function raises into a UsageError that names it."""
+    try:
+        yield
+    except QCompilerError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        message = f"failed with {type(error).__name__}: {error}"
+        hint = "--traceback shows where in the function"
+        raise UsageError(message, where=f"--metric {reference}", hint=hint) from error
 
 
 def find_metric(reference: str) -> Metric:

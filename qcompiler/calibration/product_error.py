@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.calibration.coarseness import median_magnitude
 from qcompiler.calibration.linear_examples import (
     ChannelRanges,
     Examples,
@@ -59,9 +60,17 @@ class QuantizedProduct:
         channels: Channel of each input channel, as in `ir.channels.groups.Reader`.
         examples: What it multiplies.
         outlier_limit: How many channels may stay in float at most; 0 is none.
+        two_terms_below: Data whose median is fewer steps large gets two terms of codes.
     """
 
-    def __init__(self, site: Site, channels: Ids, examples: Examples, outlier_limit: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        channels: Ids,
+        examples: Examples,
+        outlier_limit: int,
+        two_terms_below: float = 0.0,
+    ) -> None:
         self._site = site
         self._channels = channels
         self._examples = examples
@@ -71,7 +80,8 @@ class QuantizedProduct:
         if self._activations is Activations.STATIC:
             placed = QUANTIZED_INPUTS in site.node.metadata_props
             self._activations = Activations.STATIC if placed else Activations.FLOAT
-        self._outliers = outlier_limit if self._keeps_outliers() else 0
+        self._outliers = outlier_limit if self._may_split() else 0
+        self._two_terms_below = two_terms_below if self._may_split() else 0.0
         weight = constant_now(site.node, site.weight_input, site.weight).const_value
         assert weight is not None
         whole = np.asarray(read_all(weight), np.float32)
@@ -156,12 +166,16 @@ class QuantizedProduct:
         inner = ~kept if self._outliers else np.ones(rows.shape[-1], np.bool_)
         whole = float(low[~kept].min()), float(high[~kept].max())
         some = rows[:, ::_ROW_STEP, inner]
+        step = (max(whole[1], 0.0) - min(whole[0], 0.0)) / _STEPS
+        if median_magnitude(some) < self._two_terms_below * step:
+            return _in_two_terms(rows, float(low.min()), float(high.max()))
         errors = [_on_grid(some, share * whole[0], share * whole[1]) - some for share in _SHARES]
         share = _SHARES[int(np.argmin([float(np.square(error).sum()) for error in errors]))]
         best = _on_grid(rows, share * whole[0], share * whole[1])
         return np.where(inner, best, rows) if self._outliers else best
 
-    def _keeps_outliers(self) -> bool:
+    def _may_split(self) -> bool:
+        """Whether a part of the product may be computed apart from the rest."""
         return self._site.row.op_type in ("MatMul", "Gemm") and not self._site.left
 
 
@@ -183,6 +197,13 @@ def _on_grid(rows: F32, low: float, high: float) -> F32:
         return rows
     first = np.rint(low / step)
     return np.asarray(np.clip(np.rint(rows / step), first, first + _STEPS) * step, np.float32)
+
+
+def _in_two_terms(rows: F32, low: float, high: float) -> F32:
+    """Round as `expand-residuals` does: what a step leaves out is there, what is clipped is not."""
+    codes = _on_grid(rows, low, high)
+    half = (max(high, 0.0) - min(low, 0.0)) / _STEPS / 2
+    return codes + _on_grid(rows - codes, -half, half)
 
 
 def _some_outputs(site: Site, weight: F32) -> F32:

@@ -13,7 +13,9 @@ import onnx_ir as ir
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.held_out import spread
 from qcompiler.execution.differences import SMALLEST_PROBABILITY, Meaning, meaning_of
+from qcompiler.execution.narrow_floats import emulated, has_bfloat16, runnable
 from qcompiler.execution.sessions import Session, open_session
+from qcompiler.ir.provenance import COMPUTE_TYPE
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.ranges import sqnr_db
 
@@ -29,13 +31,15 @@ class OutputQuality:
 
     Attributes:
         name: The output.
-        native_db: SQNR in dB as the runtime runs the model; infinite where nothing changed.
+        native_db: SQNR in dB as the runtime runs the model; infinite where nothing changed, None
+            where this machine has no kernels for it.
         emulated_db: The same with the runtime's optimizations off, which computes Q/DQ nodes in
-            float: what the quantization itself costs, without what kernels add.
+            float, and with every value rounded that is stored in 16 bits: what the quantization
+            itself costs, without what kernels add.
     """
 
     name: str
-    native_db: float
+    native_db: float | None
     emulated_db: float
 
 
@@ -53,6 +57,7 @@ def output_quality(
     compiled: Path,
     samples: Samples,
     *,
+    native: bool = True,
     custom_op_libraries: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> tuple[OutputQuality, ...]:
@@ -62,6 +67,7 @@ def output_quality(
         source: The source model, which runs without optimizations.
         compiled: The compiled model.
         samples: The calls; at most 8 are used, evenly spread.
+        native: Whether ONNX Runtime's own run of the compiled model is of interest.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
         progress: Where the work is shown.
 
@@ -72,17 +78,26 @@ def output_quality(
     count = min(len(samples), MOST_CALLS)
     energies: dict[str, _Energies] = {}
     with ExitStack() as stack, progress.task("comparing outputs", count) as advance:
+        graph = ir.load(compiled, format="protobuf")
+        native = native and not has_bfloat16(graph)
+        models: list[tuple[Path | ir.Model, bool]] = [(_from_file(source), False)]
+        if native:
+            models.append((compiled, True))
+        cast = COMPUTE_TYPE in graph.metadata_props
+        models.append((emulated(graph) if cast else _from_file(compiled), False))
         sessions = [
             stack.enter_context(
-                open_session(path, optimize=optimize, custom_op_libraries=custom_op_libraries)
+                open_session(model, optimize=optimize, custom_op_libraries=custom_op_libraries)
             )
-            for path, optimize in ((source, False), (compiled, True), (compiled, False))
+            for model, optimize in models
         ]
         for feeds in spread(samples, MOST_CALLS):
             _add(sessions, feeds, energies)
             advance(1)
     return tuple(
-        OutputQuality(name, sqnr_db(e.signal, e.native), sqnr_db(e.signal, e.emulated))
+        OutputQuality(
+            name, sqnr_db(e.signal, e.native) if native else None, sqnr_db(e.signal, e.emulated)
+        )
         for name, e in energies.items()
     )
 
@@ -155,14 +170,14 @@ class Reference:
         sums = dict.fromkeys(self._meanings, 0.0)
         rows = dict.fromkeys(self._meanings, 0)
         for feeds, outputs in self._calls:
-            found = session.run(feeds | setting)
+            found = session.run(session.fitting(feeds) | setting)
             for name, meaning in self._meanings.items():
                 step = max(1, -(-8 * outputs[name].size // _ROW_BYTES))
                 wide, other = (
                     each[name].reshape(-1, each[name].shape[-1])[::step]
                     for each in (outputs, found)
                 )
-                sums[name] += _divergence(wide, other, meaning)
+                sums[name] += float(row_divergences(wide, other, meaning).sum())
                 rows[name] += len(wide)
         each = [sums[name] / max(1, rows[name]) for name in sums]
         return max(each) if np.isfinite(each).all() else np.inf
@@ -171,45 +186,66 @@ class Reference:
         signal: dict[str, float] = {}
         noise: dict[str, float] = {}
         for feeds, outputs in self._calls:
-            found = session.run(feeds | setting)
+            found = session.run(session.fitting(feeds) | setting)
             for name, values in outputs.items():
-                if _is_float(values):
+                if is_float(values):
                     energy = _energy(values.astype(np.float64))
                     signal[name] = signal.get(name, 0.0) + energy
                     noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
         return min((sqnr_db(signal[name], noise[name]) for name in signal), default=np.inf)
 
     def _session(self, model: ir.Model) -> Session:
+        model = runnable(model)
         return open_session(model, optimize=False, custom_op_libraries=self._libraries)
 
 
+def _from_file(path: Path) -> Path | ir.Model:
+    """Return a model's file, whose weights the runtime can map; or what can be run in its place."""
+    model = ir.load(path, format="protobuf")
+    return emulated(model) if has_bfloat16(model) else path
+
+
 def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energies]) -> None:
-    reference, native, emulated = (session.run(feeds) for session in sessions)
+    """Add what the source model returns, and how far the others are: the emulated one is last."""
+    reference, *others = (session.run(session.fitting(feeds)) for session in sessions)
     for name, values in reference.items():
-        if not _is_float(values):
+        if not is_float(values):
             continue
         entry = energies.setdefault(name, _Energies())
         entry.signal += _energy(values.astype(np.float64))
-        entry.native += _distance(values, native[name])
-        entry.emulated += _distance(values, emulated[name])
+        entry.native += _distance(values, others[0][name])
+        entry.emulated += _distance(values, others[-1][name])
 
 
-def _divergence(truth: npt.NDArray[Any], other: npt.NDArray[Any], meaning: Meaning) -> float:
-    """Return the divergence of distributions from true ones, in nats, summed over rows."""
+def row_divergences(
+    truth: npt.NDArray[Any], other: npt.NDArray[Any], meaning: Meaning
+) -> npt.NDArray[np.float64]:
+    """Return how far distributions along the last axis diverge from true ones, in nats.
+
+    Args:
+        truth: The true ones, `[..., classes]`.
+        other: Those that stand for them, of the same shape.
+        meaning: What both hold.
+
+    Returns:
+        The Kullback-Leibler divergence of each row, `[...]`.
+    """
     wide, close = truth.astype(np.float64), other.astype(np.float64)
     if meaning is Meaning.PROBABILITIES:
         logs = [np.log(np.maximum(each, SMALLEST_PROBABILITY)) for each in (wide, close)]
     else:
-        logs = [_log_softmax(each) for each in (wide, close)]
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
+        logs = [log_softmax(each) for each in (wide, close)]
+    return np.asarray((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1))
 
 
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the logarithms of the probabilities along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def _is_float(values: npt.NDArray[Any]) -> bool:
+def is_float(values: npt.NDArray[Any]) -> bool:
+    """Whether an array holds floating-point numbers."""
     return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
 
 

@@ -50,10 +50,19 @@ _SUFFIXES: Final = {
     "text": token_text.SUFFIXES,
 }
 _IN_FOLDERS: Final = ("arrays", "images")
+_LABELLED: Final = ("arrays", "polygraphy", "python")
+_LABEL_HINT: Final = "write inputs and labels with np.savez, or yield both from module:function"
 _FUNCTION: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def open_samples(source: str, model: ir.Model, options: SampleOptions) -> Samples:
+def open_samples(
+    source: str,
+    model: ir.Model,
+    options: SampleOptions,
+    *,
+    label: str | None = None,
+    needs_label: bool = False,
+) -> Samples:
     """Open a source of samples.
 
     Args:
@@ -63,6 +72,8 @@ def open_samples(source: str, model: ir.Model, options: SampleOptions) -> Sample
             where it is not clear what it is.
         model: The model that the samples are for.
         options: How they are read.
+        label: An array of integers that calls may hold beside the inputs, a row for each sample.
+        needs_label: Whether they must.
 
     Raises:
         UsageError: It is not clear what the source is, it cannot be read, or does not fit the
@@ -75,9 +86,14 @@ def open_samples(source: str, model: ir.Model, options: SampleOptions) -> Sample
             raise UsageError(message, where=name)
     try:
         kind, place = _recognize(source)
+        if needs_label and kind not in _LABELLED:
+            message = f"samples from {kind} have no labels"
+            raise UsageError(message, where=source, hint=_LABEL_HINT)
         if kind == "random":
             return open_random(_count(place), model, options)
         signature = read_signature(model)
+        if label is not None:
+            signature = signature.with_label(label, optional=not needs_label)
         if kind == "python":
             return open_function(place, signature, options)
         return _FILES[kind](_existing(place), signature, options)

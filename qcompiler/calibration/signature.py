@@ -29,12 +29,14 @@ class Input:
         dtype: Type of its elements.
         shape: Its dimensions; None if even their number is not known.
         optional: Whether an initializer is its default, so that a call may leave it out.
+        label: Whether it is no input, but what is known about the samples of a call.
     """
 
     name: str
     dtype: ir.DataType
     shape: tuple[Dimension, ...] | None
     optional: bool
+    label: bool = False
 
     def __str__(self) -> str:
         kind = "string" if self.dtype == ir.DataType.STRING else str(self.dtype.numpy())
@@ -53,6 +55,12 @@ class Signature:
     def required(self) -> tuple[Input, ...]:
         """The inputs that every call must give."""
         return tuple(i for i in self.inputs if not i.optional)
+
+    def with_label(self, name: str, *, optional: bool) -> "Signature":
+        """Return this signature with a label of integers, if no input has its name already."""
+        if any(i.name == name for i in self.inputs):
+            return self
+        return Signature((*self.inputs, Input(name, ir.DataType.INT64, None, optional, label=True)))
 
     def named(self, name: str) -> Input:
         """Return the input of this name."""

@@ -1,5 +1,6 @@
 """What a model is to be good at: calls with the answers that are right."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.calibration.calls import Feeds, SampleOptions, Samples, counted
+from qcompiler.calibration.calls import (
+    Feeds,
+    SampleOptions,
+    Samples,
+    call_digest,
+    counted,
+)
 from qcompiler.calibration.samples import open_samples
 from qcompiler.calibration.signature import Signature, read_signature
 from qcompiler.calibration.token_inputs import IDS, MASK, fill_inputs
@@ -75,6 +82,14 @@ class Task:
             return (call.feeds for call in self.read())
 
         return Samples(self.origin, False, self.count, read)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256, hex, over what the loss is and all inputs and labels in order."""
+        digest = hashlib.sha256(self.kind.value.encode())
+        for call in self.read():
+            labels = {} if call.labels is None else {LABELS: call.labels}
+            digest.update(call_digest({**call.feeds, **labels}))
+        return digest.hexdigest()
 
 
 def task_of_outputs(samples: Samples) -> Task:

@@ -1,22 +1,25 @@
 """`qcompile MODEL`: compile a model and show what was done."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qcompiler.cli.engine import engine_options, engine_options_of
+from qcompiler.cli.gate_options import gate_options, publish_verdict
+from qcompiler.cli.island_options import island_options, islands_of, task_of
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
     equalization_options,
-    island_options,
-    islands_of,
     latency_options,
     plan_options,
     reconstruction_options,
-    task_of,
+    samples_of,
 )
 
 
@@ -29,6 +32,7 @@ from qcompiler.cli.options import (
 @reconstruction_options
 @island_options
 @latency_options
+@engine_options
 @click.option(
     "--min-output-sqnr",
     type=float,
@@ -39,6 +43,7 @@ from qcompiler.cli.options import (
     "--metric", metavar="MODULE:FUNCTION", help="The same by a measure of yours, higher is better."
 )
 @click.option("--max-metric-drop", type=float, help="What --metric may lose against float.")
+@gate_options
 @click.option(
     "--verify",
     type=click.Choice(["structure", "numerics"]),
@@ -50,6 +55,12 @@ from qcompiler.cli.options import (
     "--samples", type=MODEL, metavar="NPZ", help="Inputs for --verify numerics; made up if absent."
 )
 @click.option("--dump-ir", type=MODEL, metavar="DIR", help="Write the model after every pass.")
+@click.option(
+    "--work-dir",
+    type=MODEL,
+    metavar="DIR",
+    help="Keep unfinished work there; the same command goes on where it was stopped.",
+)
 @click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
 @click.option(
@@ -73,16 +84,26 @@ def command(
     weight_range: str | None,
     verify: str,
     custom_ops: tuple[Path, ...],
+    gate: tuple[str, ...],
+    junit: Path | None,
+    json: Path | None,
+    markdown: Path | None,
     **others: Any,
 ) -> None:
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
+    from qcompiler.bounds import gate_from_texts
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report
+    from qcompiler.report.verdict import GateFailedError
 
+    publish = partial(
+        publish_verdict, junit=junit, json=json, markdown=markdown, err=report == "json"
+    )
+    gate_samples = samples_of(others)
     seed = others["seed"]
     task = task_of(others)
     calibration = calibration_of(others)
@@ -93,14 +114,24 @@ def command(
         islands=islands_of(others),
         task=task,
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        engine_options=engine_options_of(others),
+        blocks=blocks_of(others),
         seed=seed,
         weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),
         custom_op_libraries=custom_ops,
+        gate=gate_from_texts(gate),
+        gate_samples=gate_samples,
         **others,
     )
-    with terminal_progress() as progress:
-        result = compile_model(model, options, output=output, progress=progress)
+    try:
+        with terminal_progress() as progress:
+            result = compile_model(model, options, output=output, progress=progress)
+    except GateFailedError as failure:
+        publish(failure.verdict)
+        raise
+    if result.verdict is not None:
+        publish(result.verdict)
     if report == "json":
         click.echo(report_json(result.report), nl=False)
         return

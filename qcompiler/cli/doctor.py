@@ -24,6 +24,11 @@ _EXTRAS = {
     "tokenizers": ("calibration from texts", "pip install 'qcompiler[text]'"),
     "pillow": ("calibration from images", "pip install 'qcompiler[images]'"),
     "onnx-graphsurgeon": ("user passes on GraphSurgeon graphs", "pip install 'qcompiler[surgeon]'"),
+    "tensorrt": ("building TensorRT engines", "pip install 'qcompiler[tensorrt]'"),
+    "tensorrt-rtx-cu13": (
+        "building TensorRT-RTX engines, no GPU needed",
+        "pip install 'qcompiler[tensorrt-rtx]'",
+    ),
     "onnxruntime-gpu": ("running models on an NVIDIA GPU", "pip install onnxruntime-gpu"),
 }
 

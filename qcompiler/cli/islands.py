@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qcompiler.cli.island_options import island_options, islands_of, task_of
 from qcompiler.cli.options import (
     MODEL,
     calibration_of,
     calibration_options,
     equalization_of,
     equalization_options,
-    island_options,
-    islands_of,
     plan_options,
-    task_of,
 )
 
 if TYPE_CHECKING:

@@ -35,4 +35,4 @@ def _schemes() -> Iterator[str]:
     table = (QScheme.__doc__ or "").splitlines()
     yield from (line.strip() for line in table if line.strip().startswith("|"))
     yield "Block sizes are powers of two from 16; :sym and :asym fix the zero point."
-    yield "`float` leaves an op alone."
+    yield "`float` leaves an op alone; `float16` and `bfloat16` cast the whole model."

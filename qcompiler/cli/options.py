@@ -1,18 +1,18 @@
 """Options that several commands share."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qcompiler.errors import UsageError
+from qcompiler.byte_sizes import parse_size
+from qcompiler.quant.compute_type import ComputeType
 
 if TYPE_CHECKING:
     from qcompiler.calibration.calls import SampleOptions
-    from qcompiler.options import CalibrationOptions, EqualizationOptions, TaskOptions
-    from qcompiler.quant.islands import IslandRequest
+    from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.quant.reconstruction import BlockReconstruction
 
 MODEL = click.Path(path_type=Path)
 
@@ -26,16 +26,45 @@ DEFAULT_PERCENTILE = 99.99
 _CALIBRATION = (
     *("calibration", "max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
     *("max_tokens", "text_field"),
-    *("observer", "percentile", "outlier_channels", "memory_budget", "statistics", "seed"),
+    *("observer", "percentile", "outlier_channels", "two_terms_below"),
+    *("memory_budget", "statistics", "seed"),
+)
+
+_SAMPLES = (
+    *("max_samples", "batch_size", "tokenizer", "sequence_length", "image_spec"),
+    *("max_tokens", "text_field", "seed"),
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _compute_type(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> ComputeType | None:
+    return None if value is None else ComputeType(value)
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that decide which site gets which scheme."""
     decorators: list[Decorator] = [
         click.option("--scheme", metavar="S", help="Scheme of every site; see --list schemes."),
+        click.option(
+            "--compute-type",
+            type=click.Choice([member.value for member in ComputeType]),
+            callback=_compute_type,
+            help="Cast what is left in float to 16 bits, but for what they would spoil.",
+        ),
+        click.option(
+            "--float32",
+            metavar="PATTERN",
+            multiple=True,
+            help="With it, keep these nodes in float32: a glob, or /regex/. Repeatable.",
+        ),
+        click.option(
+            "--cast-io/--keep-io",
+            default=False,
+            help="With it, cast inputs and outputs as well.  [default: keep-io]",
+        ),
         click.option(
             "--recipe", metavar="FILE", type=MODEL, help="TOML rules: which site, which scheme."
         ),
@@ -64,10 +93,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where samples are and how ranges are found."""
-    decorators: list[Decorator] = [
-        click.option("--calibration", metavar="DATA", help=SOURCE_HELP),
+def _sample_options() -> list[Decorator]:
+    """Return the options that say how samples are read."""
+    return [
         click.option(
             "--max-samples", type=click.IntRange(min=1), help="Use at most so many.  [default: all]"
         ),
@@ -87,6 +115,26 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--text-field", default="text", show_default=True, help="Field of .jsonl lines."
         ),
         click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file."),
+    ]
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where samples are that a model is judged on."""
+    decorators: list[Decorator] = [
+        click.option("--data", metavar="DATA", help=SOURCE_HELP),
+        *_sample_options(),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of random samples."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where samples are and how ranges are found."""
+    decorators: list[Decorator] = [
+        click.option("--calibration", metavar="DATA", help=SOURCE_HELP),
+        *_sample_options(),
         click.option(
             "--observer",
             type=click.Choice(["auto", "min-max", "percentile", "mse", "entropy"]),
@@ -107,6 +155,15 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=8,
             show_default=True,
             help="Channels of one activation that may stay in float at most.",
+        ),
+        click.option(
+            "--two-terms-below",
+            type=click.FloatRange(0),
+            default=3.0,
+            show_default=True,
+            metavar="STEPS",
+            help="Give an activation of a product two terms of codes where its values are "
+            "typically fewer steps large; 0 is never.",
         ),
         click.option(
             "--memory-budget",
@@ -175,11 +232,27 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--reconstruct",
-            type=click.Choice(["none", "gptq"]),
+            type=click.Choice(["none", "gptq", "cbq"]),
             default="none",
             show_default=True,
-            help="How codes of weights are chosen; gptq takes samples and PyTorch.",
+            help="How codes of weights are chosen; gptq and cbq take samples and PyTorch.",
         ),
+        click.option(
+            "--reconstruct-preset",
+            type=click.Choice(["fast", "default", "best"]),
+            default="default",
+            show_default=True,
+            help="How long cbq learns; fast learns step sizes only.",
+        ),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Blocks in a window.  [default: 2]"
+        ),
+        click.option(
+            "--overlap",
+            type=click.IntRange(min=0),
+            help="Blocks that two windows share.  [default: 1]",
+        ),
+        click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
         click.option(
             "--device",
             default="cpu",
@@ -193,77 +266,17 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which parts of weights keep more bits, and for what task."""
-    decorators: list[Decorator] = [
-        click.option(
-            "--islands",
-            type=click.Choice(["tacq", "qal", "msg", "gradient", "magnitude", "random", "none"]),
-            help="Keep more bits of what a task depends on, chosen by this; takes samples and "
-            "PyTorch.  [default: the recipe's]",
-        ),
-        click.option(
-            "--island-kind",
-            type=click.Choice(["weight", "column", "block", "node"]),
-            default="column",
-            show_default=True,
-            help="What an island is: single weights, input channels, blocks of these, or a whole "
-            "weight.",
-        ),
-        click.option("--average-bits", type=float, metavar="B", help="Of a weight, with islands."),
-        click.option("--budget-bytes", metavar="SIZE", help="The same in bytes, such as 90MB."),
-        click.option("--island-fraction", type=float, metavar="P", help="Of weights in islands."),
-        click.option(
-            "--island-unit",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Take input channels so many at a time.",
-        ),
-        click.option(
-            "--task",
-            metavar="DATA",
-            help="What the model is to be good at: .jsonl with prompt and answer, texts, .npz with "
-            "labels, or a loss MODULE:FUNCTION.  [default: what it returns on --calibration]",
-        ),
-    ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+def blocks_of(values: dict[str, Any]) -> "BlockReconstruction":
+    """Take what cbq learns out of a command's values: a preset, and what was said beside it."""
+    from dataclasses import replace
 
+    from qcompiler.quant.reconstruction import PRESETS, Preset
 
-def islands_of(values: dict[str, Any]) -> "IslandRequest | None":
-    """Take the values of `island_options` but the task out of a command's.
-
-    Raises:
-        UsageError: There is not exactly one budget.
-    """
-    from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
-
-    saliency, kind = values.pop("islands"), IslandKind(values.pop("island_kind"))
-    size, unit = values.pop("budget_bytes"), values.pop("island_unit")
-    bits, fraction = values.pop("average_bits"), values.pop("island_fraction")
-    if saliency in (None, "none"):
-        if any(each is not None for each in (size, bits, fraction)):
-            message = "a budget for islands was given, and nothing says how they are chosen"
-            raise UsageError(message, hint="add --islands tacq")
-        return None
-    nbytes = None if size is None else parse_size(size)
-    return IslandRequest(Saliency(saliency), IslandBudget(bits, nbytes, fraction), kind, unit)
-
-
-def task_of(values: dict[str, Any]) -> "TaskOptions | None":
-    """Take the task out of a command's values; those of `calibration_options` say how to read it.
-
-    Raises:
-        UsageError: The memory budget is no size.
-    """
-    from qcompiler.options import TaskOptions
-
-    source = values.pop("task")
-    if source is None:
-        return None
-    return TaskOptions(source, _sample_options(values), parse_size(values["memory_budget"]))
+    blocks = PRESETS[Preset(values.pop("reconstruct_preset"))]
+    said = {name: values.pop(name) for name in ("window", "overlap", "steps")}
+    if said["window"] is not None and said["overlap"] is None:
+        said["overlap"] = min(blocks.overlap, said["window"] - 1)
+    return replace(blocks, **{name: value for name, value in said.items() if value is not None})
 
 
 def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
@@ -311,6 +324,13 @@ def latency_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def samples_of(values: dict[str, Any]) -> "SampleOptions":
+    """Return how samples are read, by the values of a command."""
+    from qcompiler.calibration.calls import SampleOptions
+
+    return SampleOptions(**{name: values[name] for name in _SAMPLES})
+
+
 def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
     """Take the values of `calibration_options` out of a command's, and make one object of them.
 
@@ -326,32 +346,11 @@ def calibration_of(values: dict[str, Any]) -> "CalibrationOptions | None":
         return None
     return CalibrationOptions(
         source=taken["calibration"],
-        samples=_sample_options(taken),
+        samples=samples_of(taken),
         observer=None if taken["observer"] == "auto" else Observer(taken["observer"]),
         percentile=taken["percentile"],
         outlier_channels=taken["outlier_channels"],
+        two_terms_below=taken["two_terms_below"],
         memory_budget=budget,
         statistics=taken["statistics"],
     )
-
-
-def _sample_options(values: dict[str, Any]) -> "SampleOptions":
-    from qcompiler.calibration.calls import SampleOptions
-
-    names = ("max_samples", "batch_size", "seed", "tokenizer", "sequence_length", "max_tokens")
-    return SampleOptions(**{name: values[name] for name in (*names, "text_field", "image_spec")})
-
-
-def parse_size(text: str) -> int:
-    """Read a number of bytes such as "512MiB", "2GB" or "1000000".
-
-    Raises:
-        UsageError: It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        message = f"{text!r} is no size"
-        raise UsageError(message, hint="write it like 512MiB or 2GB")
-    number, prefix, binary = match.groups()
-    power = " KMGT".index(prefix.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)

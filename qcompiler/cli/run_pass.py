@@ -8,6 +8,7 @@ import click
 
 from qcompiler.cli.options import (
     MODEL,
+    blocks_of,
     calibration_of,
     calibration_options,
     equalization_of,
@@ -40,7 +41,8 @@ def command(
     from qcompiler.ir.save import save_model
     from qcompiler.ir.weights import WeightStore
     from qcompiler.options import CompileOptions, Reconstruction
-    from qcompiler.pipeline import make_plan, pass_named, with_data
+    from qcompiler.pipeline import pass_named
+    from qcompiler.plan import make_plan, with_data
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
     from qcompiler.rewriting.manager import PassManager
@@ -52,6 +54,7 @@ def command(
         calibration=calibration,
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
+        blocks=blocks_of(others),
         weight_range=method,
         **others,
     )

@@ -70,10 +70,31 @@ def compare_latency(
 
     Args:
         models: The models; the first is what the others are compared with.
-        feeds: A value for every input of all of them.
+        feeds: A value for every input of all of them; floats are cast to the types they take.
         budget: How long to measure.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
+
+    Raises:
+        TargetError: ONNX Runtime cannot load or run one of them.
+    """
+    return summarized(
+        time_models(models, feeds, budget, threads=threads, custom_op_libraries=custom_op_libraries)
+    )
+
+
+def time_models(
+    models: Sequence[Path | ir.Model],
+    feeds: dict[str, Array],
+    budget: Budget,
+    *,
+    threads: int | None = None,
+    custom_op_libraries: Sequence[Path] = (),
+) -> list[list[float]]:
+    """Load models and run them in turns; arguments are those of `compare_latency`.
+
+    Returns:
+        The seconds of each model, one row a round.
 
     Raises:
         TargetError: ONNX Runtime cannot load or run one of them.
@@ -91,7 +112,7 @@ def compare_latency(
             )
             for model in models
         ]
-        return summarized(run_in_turns([partial(s.run, feeds) for s in sessions], budget))
+        return run_in_turns([partial(s.run, s.fitting(feeds)) for s in sessions], budget)
     raise AssertionError  # an ExitStack swallows nothing here
 
 

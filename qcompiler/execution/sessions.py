@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 _INLINE_LIMIT: Final = 3 << 29
 """A protobuf message ends at 2 GiB; with the graph itself, 1.5 GiB of weights are safe."""
 _SILENT: Final = 4
+_FLOATS: Final = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _NODE_IN_MESSAGE: Final = (
     re.compile(r"node:? ?\(?'?name:? ?'?([^\s')]+)", re.IGNORECASE),
     re.compile(r"Name:'([^']+)'"),
@@ -38,6 +39,8 @@ class Session(AbstractContextManager["Session"]):
         self._session = session
         self._cleanup = cleanup
         self.input_names: tuple[str, ...] = tuple(value.name for value in session.get_inputs())
+        kinds = {value.name: _FLOATS.get(value.type) for value in session.get_inputs()}
+        self._floats = {name: kind for name, kind in kinds.items() if kind is not None}
         self.output_names: tuple[str, ...] = tuple(value.name for value in session.get_outputs())
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -57,6 +60,15 @@ class Session(AbstractContextManager["Session"]):
         except Exception as error:
             raise runtime_failure(error, "ONNX Runtime failed to run the model") from error
         return dict(zip(self.output_names, results, strict=True))
+
+    def fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return a call with its float inputs in the types that the model takes."""
+        return {
+            name: values.astype(self._floats[name])
+            if name in self._floats and values.dtype.kind in "fV"
+            else values
+            for name, values in feeds.items()
+        }
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ from qcompiler.ir.dataflow import (
     standard_domain,
 )
 from qcompiler.ir.provenance import PAIR_LIMIT, scheme_of
-from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
+from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor
 from qcompiler.quant.scheme import PairLimit, QScheme, QSpec
 
 
@@ -237,6 +237,8 @@ class Site:
         A weight with a single output channel has blocks only: its per-axis form is one block
         over the whole reduction axis.
         """
+        if scheme.per_tensor:
+            return PerTensor()
         if scheme.block_size is not None:
             return PerBlock(self.axes.reduction, scheme.block_size)
         if self.axes.output is None:

@@ -38,6 +38,25 @@ class SelectionIndex:
             return False
         return selector.between is None or node in self._on_path(selector.between)
 
+    def nodes(self, selector: Selector, where: str) -> list[ir.Node]:
+        """Return all nodes that a selector means.
+
+        Args:
+            selector: The selector.
+            where: What messages call the place that it comes from.
+
+        Raises:
+            UsageError: There are none; the message has the nearest names.
+        """
+        found = [node for node in all_nodes(self._model) if self.selects(selector, node)]
+        if found:
+            return found
+        names = [name for node in all_nodes(self._model) for name in origins_of(node)]
+        close = nearest(selector.name, names) if selector.name else []
+        message = f"{selector} means no node"
+        hint = f"nearest: {', '.join(close)}" if close else "`qcompile inspect` lists the names"
+        raise UsageError(message, where=where, hint=hint)
+
     def _on_path(self, ends: tuple[str, str]) -> frozenset[ir.Node]:
         if ends not in self._between:
             first, last = (self._value(name) for name in ends)

@@ -18,7 +18,7 @@ from qcompiler.ir.dataflow import int_attribute, node_name
 from qcompiler.ir.editing import add_initializer, drop_unused_initializers, fresh_name, value_names
 from qcompiler.ir.provenance import CREATED_BY
 from qcompiler.ir.quantizable import Site
-from qcompiler.ir.substitution import new_node
+from qcompiler.ir.substitution import add_to_result, new_node
 from qcompiler.ir.weights import WeightStore, read_all
 
 Array = npt.NDArray[Any]
@@ -107,7 +107,8 @@ class SidePathBuilder:
         )
         if not matrix:
             product.attributes.update(node.attributes)
-        self._add_behind(node, product)
+        name = fresh_name(f"{_stem(node)}.of_{self._main}", self._taken)
+        add_to_result(node, product, name)
         return SidePath(product, side, (columns.producer().inputs[1],))  # type: ignore[union-attr,arg-type]
 
     def split_elements(
@@ -276,13 +277,6 @@ class SidePathBuilder:
         before = chain[-1].outputs[0]
         name = f"{before.name}.{op_type.lower()}"
         return self._node(op_type, [before], name, dtype, **attributes)
-
-    def _add_behind(self, node: ir.Node, product: ir.Node) -> None:
-        """Add a side path behind the product, under the name of its result."""
-        result = node.outputs[0]
-        name = f"{_stem(node)}.of_{self._main}.joined"
-        added = self._node("Add", [result, product.outputs[0]], name, result.dtype)
-        self._put_behind(node, [product, added])
 
     def _put_behind(self, node: ir.Node, chain: Sequence[ir.Node]) -> None:
         """Insert nodes of which the last computes what everybody reads in place of the result."""

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.dataflow import MICROSOFT
 from qcompiler.ir.editing import drop_unused_initializers, remove_node
-from qcompiler.ir.provenance import ORIGIN_OP, SCHEME, annotate
+from qcompiler.ir.provenance import CREATED_BY, ORIGIN_OP, SCHEME, annotate
 
 
 def new_node(
@@ -90,3 +90,30 @@ def remove_unread(value: ir.Value | None) -> None:
 def needs_microsoft_ops(model: ir.Model) -> None:
     """Declare the com.microsoft operator set."""
     model.opset_imports.setdefault(MICROSOFT, 1)
+
+
+def add_to_result(node: ir.Node, addend: ir.Node, name: str, op_type: str = "Add") -> None:
+    """Put a node behind another of one output, and the sum of both in the place of its result.
+
+    The sum takes over the name, readers and metadata of the result, and its place among outputs.
+
+    Args:
+        node: The node.
+        addend: What is added; made by a pass, and in no graph yet.
+        name: What the result of `node` alone is called from now on.
+        op_type: What adds them: "Add", or "Sum", which runtimes do not merge with a product.
+    """
+    graph, result = node.graph, node.outputs[0]
+    assert isinstance(graph, ir.Graph)
+    created_by = addend.metadata_props[CREATED_BY]
+    added = new_node(
+        created_by, op_type, [result, addend.outputs[0]], f"{name}.joined", dtype=result.dtype
+    )
+    joined = added.outputs[0]
+    joined.shape = addend.outputs[0].shape = result.shape
+    graph.insert_after(node, [addend, added])
+    result.replace_all_uses_with(joined, replace_graph_outputs=True)
+    added.replace_input_with(0, result)
+    joined.metadata_props.update(result.metadata_props)
+    result.metadata_props.clear()
+    result.name, joined.name = name, result.name

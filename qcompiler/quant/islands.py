@@ -126,10 +126,6 @@ class IslandRequest:
     kind: IslandKind = IslandKind.COLUMN
     unit: int = 1
 
-    def to_text(self) -> str:
-        """Return it in one line, for manifests."""
-        return f"{self.saliency.value} {self.kind.value} {self.budget} unit {self.unit}"
-
 
 def quantized_bits(shape: tuple[int, ...], spec: QSpec, float_bits: int, *, stored: bool) -> int:
     """Return the bits of codes, scales and zero points of a weight.

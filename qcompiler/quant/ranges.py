@@ -6,9 +6,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.quant.arithmetic import check_float_dtype
+from qcompiler.quant.arithmetic import check_float_dtype, dequantize, quantize
 from qcompiler.quant.clipping import GridSearch
-from qcompiler.quant.granularity import PerAxis, PerTensor, scale_shape
+from qcompiler.quant.granularity import PerBlock, PerTensor, scale_shape
 from qcompiler.quant.grouping import Array, scale_sections, value_sections
 from qcompiler.quant.packing import IntArray
 from qcompiler.quant.pairs import quantize_rows, reduction_rows, restore_rows
@@ -126,6 +126,35 @@ def quantize_tensor(
     return QuantizedTensor(codes, scale, None if absent else zero_point, error, signal)
 
 
+def quantize_slice(values: Array, spec: QSpec, scale: Array) -> QuantizedTensor:
+    """Round a slice of a tensor whose one scale was found over all of its slices.
+
+    Args:
+        values: float32, float16 or bfloat16; where pairs are limited, with whole reduction rows.
+        spec: Signed type, per tensor, symmetric.
+        scale: Of shape `[]`: the largest of those that `quantize_tensor` gives the slices.
+
+    Raises:
+        ValueError: A value is NaN or infinite, or the type has a zero point.
+    """
+    if not (spec.symmetric and spec.qtype.signed and isinstance(spec.granularity, PerTensor)):
+        message = "slices share a scale in signed symmetric per-tensor types only"
+        raise ValueError(message)
+    if spec.pairs is not None:
+        least = scale.astype(np.float32)
+        return _quantize_pairs(values, spec, spec.pairs, scale.dtype, least)
+    codes = quantize(values, scale, None, spec)
+    exact = values.astype(np.float32)
+    error = dequantize(codes, scale, None, spec.granularity).astype(np.float32) - exact
+    return QuantizedTensor(
+        codes,
+        scale,
+        None,
+        float(np.square(error, dtype=np.float64).sum()),
+        float(np.square(exact, dtype=np.float64).sum()),
+    )
+
+
 def _quantize_pairs(
     values: Array,
     spec: QSpec,
@@ -134,20 +163,40 @@ def _quantize_pairs(
     least_scale: Array | None,
 ) -> QuantizedTensor:
     """Quantize with min-max ranges widened to what neighbouring codes may add up to."""
-    if not isinstance(spec.granularity, PerAxis) or not (spec.symmetric and spec.qtype.signed):
-        message = "neighbouring codes are limited in signed symmetric per-axis types only"
+    if isinstance(spec.granularity, PerBlock) or not (spec.symmetric and spec.qtype.signed):
+        message = "neighbouring codes are limited in signed symmetric types without blocks only"
         raise ValueError(message)
-    axis = spec.granularity.axis
+    shared = isinstance(spec.granularity, PerTensor)
+    axis = _output_axis(values.ndim, pairs)
     rows = np.ascontiguousarray(reduction_rows(values, axis, pairs), np.float32)
     if not np.isfinite(rows).all():
         message = "values hold NaN or infinity"
         raise ValueError(message)
+    if shared:
+        # The row that needs the largest scale decides for all of them.
+        needed = quantize_rows(rows, pairs, spec.qtype.qmax, scale_dtype)[1].astype(np.float32)
+        needed = needed[np.any(rows != 0, axis=1)]
+        least = np.max(needed, initial=0.0 if least_scale is None else float(least_scale))
+        least_scale = np.full(len(rows), least, np.float32)
     codes, scale = quantize_rows(rows, pairs, spec.qtype.qmax, scale_dtype, least_scale)
     restored = codes.astype(np.float32) * scale.astype(np.float32)[:, np.newaxis]
     return QuantizedTensor(
         np.ascontiguousarray(restore_rows(codes, values.shape, axis, pairs)),
-        scale,
+        np.asarray(scale[0] if len(rows) else 1, scale_dtype) if shared else scale,
         None,
         float(np.square(restored - rows, dtype=np.float64).sum()),
         float(np.square(rows, dtype=np.float64).sum()),
     )
+
+
+def _output_axis(rank: int, pairs: PairLimit) -> int:
+    """Return the axis that is not summed over.
+
+    Raises:
+        ValueError: There is not one such axis.
+    """
+    others = set(range(rank)).difference(pairs.axes)
+    if len(others) != 1:
+        message = f"the axes {pairs.axes} are not all but one of a tensor of rank {rank}"
+        raise ValueError(message)
+    return others.pop()

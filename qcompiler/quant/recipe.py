@@ -6,6 +6,7 @@ default = "w8a16"             # for ops that no rule matches; "float" when absen
 weight_range = "weighted-mse" # or "mse", "min-max"; the run decides when absent
 correct_bias = false          # whether mean errors are taken out of biases; true when absent
 equalize = "auto"             # or another EqualizationMethod, or "none"; needs samples
+compute_type = "float16"      # or "bfloat16": what floats are cast to; the model's own when absent
 
 [islands]                     # parts of weights that keep more bits; absent keeps none
 saliency = "tacq"             # by what they are chosen
@@ -19,6 +20,12 @@ block = "0-3,7"               # block indices, from 0
 between = ["x", "y"]          # nodes on a path from value x to value y
 scheme = "w4a16:b128"         # or "float"
 reason = "lm_head is sensitive"   # optional, reaches the report
+origin = "sensitivity"        # optional: who made the rule; "rule 1" when absent
+
+[[float32]]                   # with a compute_type: ops that keep float32; selectors as above
+op_type = "Softmax"
+[gate]                        # what the result must keep: see `qcompiler.bounds`
+min_sqnr = 20
 ```
 
 A rule has a scheme and at least one selector. Names, op types, blocks and values are looked up in
@@ -33,7 +40,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qcompiler.bounds import Gate, gate_from_table
 from qcompiler.errors import UsageError
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.quant.ranges import RangeMethod
@@ -52,10 +61,12 @@ _VERSION = 1
 _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
 _RECIPE_KEYS = (
-    *("version", "default", "weight_range", "equalize", "correct_bias", "islands", "rule"),
+    *("version", "default", "weight_range", "equalize", "correct_bias", "compute_type"),
+    *("islands", "rule", "float32", "gate"),
 )
 _ISLAND_KEYS = ("saliency", "kind", "average_bits", "budget_bytes", "fraction", "unit")
-_RULE_KEYS = ("name", "op_type", "block", "between", "scheme", "reason")
+_SELECTOR_KEYS = ("name", "op_type", "block", "between")
+_RULE_KEYS = (*_SELECTOR_KEYS, "scheme", "reason", "origin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,9 @@ class Recipe:
         weight_range: How weight ranges are chosen, or None to leave it to the run.
         equalize: How channels are equalized where there are samples; None leaves them.
         correct_bias: Whether mean errors are taken out of biases where there are samples.
+        compute_type: The 16-bit type that floats are cast to; None leaves those of the model.
+        float32: Ops that stay in float32 all the same.
+        gate: What the result must keep, or None.
         islands: Which parts of weights keep more bits, None for none.
     """
 
@@ -98,6 +112,9 @@ class Recipe:
     weight_range: RangeMethod | None = None
     equalize: EqualizationMethod | None = EqualizationMethod.AUTO
     correct_bias: bool = True
+    compute_type: ComputeType | None = None
+    float32: tuple[Selector, ...] = ()
+    gate: Gate | None = None
     islands: IslandRequest | None = None
 
     @classmethod
@@ -122,6 +139,25 @@ class Recipe:
             for pattern in patterns
         )
         return replace(self, rules=(*leading, *self.rules))
+
+    def computing_in(
+        self, compute_type: ComputeType | None, float32: Sequence[str] = ()
+    ) -> "Recipe":
+        """Return this recipe with a type to compute in, and patterns that stay in float32.
+
+        Args:
+            compute_type: The type; None leaves the recipe's own.
+            float32: Patterns of node names, beside the recipe's selectors.
+
+        Raises:
+            UsageError: A pattern is empty or not a regular expression, or there is no type that
+                it could be an exception from.
+        """
+        for pattern in float32:
+            check_pattern(pattern, f"--float32 {pattern}")
+        selectors = (*(Selector(name=pattern) for pattern in float32), *self.float32)
+        found = replace(self, compute_type=compute_type or self.compute_type, float32=selectors)
+        return _with_type(found, "--float32")
 
     @classmethod
     def from_toml(cls, path: Path) -> "Recipe":
@@ -164,19 +200,23 @@ class Recipe:
             raise UsageError(message, where=where) from error
         _check_keys(table, _RECIPE_KEYS, where)
         _check_version(table, where)
-        rules = table.get("rule", [])
-        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-            message = "'rule' is not a list of tables"
-            raise UsageError(message, where=where, hint="write [[rule]]")
+        rules, islands = _tables(table, "rule", where), _tables(table, "float32", where)
         default = _string(table, "default", where)
-        return cls(
+        found = cls(
             tuple(_rule(rule, number, where) for number, rule in enumerate(rules, start=1)),
             None if default is None else _scheme(default, f"{where}: default"),
             _choice(table, "weight_range", RangeMethod, where),
             _equalize(table, where),
             _flag(table, "correct_bias", where),
-            _islands(table, where),
+            _choice(table, "compute_type", ComputeType, where),
+            tuple(
+                _island(island, f"{where}: float32 {number}")
+                for number, island in enumerate(islands, start=1)
+            ),
+            _gate(table, where),
+            _island_request(table, where),
         )
+        return _with_type(found, where)
 
     def to_toml(self) -> str:
         """Return the recipe as TOML text that reads back as the same rules, in a fixed form."""
@@ -187,10 +227,18 @@ class Recipe:
             lines.append(f"equalize = {_quote(self.equalize.value if self.equalize else _NONE)}")
         if not self.correct_bias:
             lines.append("correct_bias = false")
+        if self.compute_type is not None:
+            lines.append(f"compute_type = {_quote(self.compute_type.value)}")
         if self.islands is not None:
             lines += ["", "[islands]", *_island_lines(self.islands)]
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules, start=1):
             lines += ["", "[[rule]]", *_rule_lines(rule)]
+            if rule.origin != _numbered(number):
+                lines.append(f"origin = {_quote(rule.origin)}")
+        for selector in self.float32:
+            lines += ["", "[[float32]]", *_selector_lines(selector)]
+        if self.gate is not None:
+            lines += _table_lines("gate", self.gate.to_table())
         return "\n".join(lines) + "\n"
 
 
@@ -201,15 +249,7 @@ def _rule(table: Mapping[str, Any], number: int, where: str) -> Rule:
     if scheme is None:
         message = "the rule has no scheme"
         raise UsageError(message, where=place, hint='add scheme = "float" or a scheme')
-    name, block = _string(table, "name", place), _string(table, "block", place)
-    if name is not None:
-        check_pattern(name, place)
-    selector = Selector(
-        name,
-        _string(table, "op_type", place),
-        None if block is None else parse_blocks(block, place),
-        _between(table, place),
-    )
+    selector = _selector(table, place)
     if selector == Selector():
         message = "the rule selects nothing"
         raise UsageError(
@@ -218,7 +258,56 @@ def _rule(table: Mapping[str, Any], number: int, where: str) -> Rule:
             hint="give it name, op_type, block or between; for all other nodes set default",
         )
     reason = _string(table, "reason", place)
-    return Rule(selector, _scheme(scheme, place), reason, f"rule {number}")
+    origin = _string(table, "origin", place) or _numbered(number)
+    return Rule(selector, _scheme(scheme, place), reason, origin)
+
+
+def _numbered(number: int) -> str:
+    return f"rule {number}"
+
+
+def _island(table: Mapping[str, Any], place: str) -> Selector:
+    _check_keys(table, _SELECTOR_KEYS, place)
+    selector = _selector(table, place)
+    if selector == Selector():
+        message = "it selects nothing"
+        hint = "give it name, op_type, block or between; without compute_type all is float32"
+        raise UsageError(message, where=place, hint=hint)
+    return selector
+
+
+def _selector(table: Mapping[str, Any], place: str) -> Selector:
+    name, block = _string(table, "name", place), _string(table, "block", place)
+    if name is not None:
+        check_pattern(name, place)
+    return Selector(
+        name,
+        _string(table, "op_type", place),
+        None if block is None else parse_blocks(block, place),
+        _between(table, place),
+    )
+
+
+def _with_type(recipe: Recipe, where: str) -> Recipe:
+    """Return a recipe in which ops are kept in float32 only where the others are not.
+
+    Raises:
+        UsageError: There is no type to compute in.
+    """
+    if recipe.float32 and recipe.compute_type is None:
+        message = "ops are to stay in float32, and no type is given that the others get"
+        raise UsageError(
+            message, where=where, hint='give --compute-type or compute_type = "float16"'
+        )
+    return recipe
+
+
+def _tables(table: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        message = f"'{key}' is not a list of tables"
+        raise UsageError(message, where=where, hint=f"write [[{key}]]")
+    return found
 
 
 def _check_version(table: Mapping[str, Any], where: str) -> None:
@@ -290,7 +379,7 @@ def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None
     return EqualizationMethod.AUTO if found is None else found
 
 
-def _islands(table: Mapping[str, Any], where: str) -> IslandRequest | None:
+def _island_request(table: Mapping[str, Any], where: str) -> IslandRequest | None:
     found = table.get("islands")
     if found is None:
         return None
@@ -332,6 +421,28 @@ def _island_lines(islands: IslandRequest) -> list[str]:
     return lines + [f"{key} = {value}" for key, value in numbers.items() if value is not None]
 
 
+def _gate(table: Mapping[str, Any], where: str) -> Gate | None:
+    found = table.get("gate")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        message = "'gate' is not a table"
+        raise UsageError(message, where=where, hint="write [gate]")
+    return gate_from_table(found, f"{where}: gate")
+
+
+def _table_lines(name: str, table: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of texts, numbers and tables of these."""
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = ["", f"[{name}]"] if len(inner) < len(table) or not table else []
+    for key, value in table.items():
+        if key not in inner:
+            lines.append(f"{key} = {_quote(value) if isinstance(value, str) else repr(value)}")
+    for key, value in inner.items():
+        lines += _table_lines(f"{name}.{_quote(key)}", value)
+    return lines
+
+
 def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:
     value = table.get("between")
     if value is None:
@@ -351,7 +462,13 @@ def _between(table: Mapping[str, Any], where: str) -> tuple[str, str] | None:
 
 
 def _rule_lines(rule: Rule) -> list[str]:
-    selector = rule.selector
+    lines = [*_selector_lines(rule.selector), f"scheme = {_quote(_scheme_text(rule.scheme))}"]
+    if rule.reason is not None:
+        lines.append(f"reason = {_quote(rule.reason)}")
+    return lines
+
+
+def _selector_lines(selector: Selector) -> list[str]:
     lines = []
     if selector.name is not None:
         lines.append(f"name = {_quote(selector.name)}")
@@ -361,9 +478,6 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"block = {_quote(format_blocks(selector.blocks))}")
     if selector.between is not None:
         lines.append(f"between = [{', '.join(_quote(value) for value in selector.between)}]")
-    lines.append(f"scheme = {_quote(_scheme_text(rule.scheme))}")
-    if rule.reason is not None:
-        lines.append(f"reason = {_quote(rule.reason)}")
     return lines
 
 

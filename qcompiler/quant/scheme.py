@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.granularity import Granularity
 from qcompiler.quant.qtype import QType, qtype_of
 
@@ -61,7 +62,7 @@ class QScheme:
     """The quantization of one op, before it is bound to the op's axes.
 
     Its text form is what recipes, options and node metadata hold:
-    `w<bits>a<bits>[-dynamic][:b<block size>][:sym|:asym]`.
+    `w<bits>a<bits>[-dynamic][:b<block size>|:tensor][:sym|:asym]`.
 
     | text             | weights                         | activations             |
     |------------------|---------------------------------|-------------------------|
@@ -70,6 +71,7 @@ class QScheme:
     | `w3a16:b128`     | 3 bit, stored in 4              | float                   |
     | `w2a16:b64:asym` | 2 bit, blocks of 64, zero point | float                   |
     | `w8a8`           | 8 bit, per output channel       | 8 bit, calibrated       |
+    | `w8a8:tensor`    | 8 bit, one scale for all        | 8 bit, calibrated       |
     | `w8a8-dynamic`   | 8 bit, per output channel       | 8 bit, scaled per run   |
 
     Attributes:
@@ -77,17 +79,21 @@ class QScheme:
         activations: Treatment of the data input.
         block_size: Elements per scale along the reduction axis; None is per output channel.
         symmetric: Whether weights have no zero point; None leaves the choice to the target.
+        per_tensor: Whether one scale serves the whole weight; of 8 bits, without blocks.
     """
 
     weight_bits: int
     activations: Activations = Activations.FLOAT
     block_size: int | None = None
     symmetric: bool | None = None
+    per_tensor: bool = False
 
     def __str__(self) -> str:
         text = f"w{self.weight_bits}a{_TEXT_OF[self.activations]}"
         if self.block_size is not None:
             text += f":b{self.block_size}"
+        if self.per_tensor:
+            text += ":tensor"
         if self.symmetric is not None:
             text += ":sym" if self.symmetric else ":asym"
         return text
@@ -119,6 +125,7 @@ SCHEME_FORMS = (
     "float",
     "w8a16",
     "w8a8",
+    "w8a8:tensor",
     "w8a8-dynamic",
     "w4a16:b32",
     "w4a16:b128",
@@ -129,7 +136,7 @@ SCHEME_FORMS = (
 
 _PATTERN = re.compile(
     r"w(?P<weight>[2348])a(?P<activation>16|8-dynamic|8)"
-    r"(?::b(?P<block>\d{1,6}))?(?::(?P<symmetry>sym|asym))?"
+    r"(?::b(?P<block>\d{1,6})|:(?P<tensor>tensor))?(?::(?P<symmetry>sym|asym))?"
 )
 
 
@@ -142,6 +149,9 @@ def parse_scheme(text: str) -> QScheme | None:
     if text == FLOAT:
         return None
     match = _PATTERN.fullmatch(text)
+    if text in set(ComputeType):
+        message = f"{text} is a type for the whole model, not a scheme of one op"
+        raise UsageError(message, hint=f'write "{FLOAT}", and compute_type = "{text}" beside it')
     if match is None:
         message = f"{text!r} is not a scheme"
         raise UsageError(
@@ -157,10 +167,14 @@ def parse_scheme(text: str) -> QScheme | None:
     if activations is not Activations.FLOAT and not whole_bytes:
         message = f"{text!r}: 8-bit activations need 8-bit weights per output channel"
         raise UsageError(message, hint="use w8a8 or w8a8-dynamic")
+    if match["tensor"] and match["weight"] != "8":
+        message = f"{text!r}: one scale for a whole weight is too coarse below 8 bits"
+        raise UsageError(message, hint=f"use w{match['weight']}a16:b128, or w8a8:tensor")
     symmetric = None if match["symmetry"] is None else match["symmetry"] == "sym"
     return QScheme(
         int(match["weight"]),
         activations,
         block,
         symmetric,
+        match["tensor"] is not None,
     )

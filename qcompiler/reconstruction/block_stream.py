@@ -8,7 +8,7 @@ import torch
 from qcompiler.calibration.calls import Samples
 from qcompiler.errors import UsageError
 from qcompiler.execution.torch import Program
-from qcompiler.execution.torch.element_types import to_torch
+from qcompiler.execution.torch.element_types import Array, to_torch
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.subgraph import subgraph_between
 from qcompiler.reconstruction.value_cache import ValueCache
@@ -92,6 +92,10 @@ class BlockStream:
             return None
         return value.to(self._device) if isinstance(value, torch.Tensor) else None
 
+    def kept(self, call: int, names: Sequence[str]) -> dict[str, torch.Tensor | Array]:
+        """Return what is kept of a call: inputs of the graph, and where the block starts."""
+        return {name: self._cache.get(call, name) for name in names}
+
     def values(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Yield some values of the block, or of a later one, for each call in order.
 
@@ -101,7 +105,7 @@ class BlockStream:
         known = set(program.value_names)
         replace = {name: new for name, new in self.stand_ins.items() if name in known}
         for call in range(self._calls):
-            feeds = {name: self._cache.get(call, name) for name in program.input_names}
+            feeds = self.kept(call, program.input_names)
             with torch.no_grad():
                 results = program(feeds, replace=replace)
             yield {name: results[name] for name in names}
@@ -120,18 +124,31 @@ class BlockStream:
         self._at += 1
 
     def _program(self, names: Sequence[str]) -> Program:
-        # A site may read nothing but inputs of the graph, wherever it stands.
-        cut = self.block.input
-        whole = subgraph_between(self._model, None, names)
-        made = {value.name for node in whole.nodes for value in node.outputs}
-        cuts = None if cut is None or cut not in made else [cut]
         # Names of later blocks bring the weights of all blocks in between: too many to keep.
         later = {node for block in self._blocks[self._at + 1 :] for node in block.nodes}
-        return Program.from_subgraph(
-            self._model,
-            cuts,
-            names,
-            device=self._device,
-            dtype=torch.float32,
-            keep_weights=later.isdisjoint(whole.nodes),
+        whole = subgraph_between(self._model, None, names)
+        keep = later.isdisjoint(whole.nodes)
+        return program_from(
+            self._model, self.block.input, names, device=self._device, keep_weights=keep
         )
+
+
+def program_from(
+    model: ir.Model,
+    cut: str | None,
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    keep_weights: bool = True,
+) -> Program:
+    """Return the part of a model from a cut value, or the graph's start, to some values.
+
+    A value may depend on nothing but inputs of the graph, wherever it stands.
+    """
+    whole = subgraph_between(model, None, names)
+    made = {value.name for node in whole.nodes for value in node.outputs}
+    cuts = None if cut is None or cut not in made else [cut]
+    return Program.from_subgraph(
+        model, cuts, names, device=device, dtype=dtype, keep_weights=keep_weights
+    )

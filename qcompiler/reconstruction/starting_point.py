@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.errors import InternalError
-from qcompiler.ir.blocks import Block, find_blocks
+from qcompiler.ir.blocks import Block, find_blocks, find_layers
 from qcompiler.ir.dataflow import all_nodes, inputs_with_captures, is_op, node_label
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.ir.quantizable import Site, find_sites, planned_spec
@@ -57,6 +57,7 @@ class StartingPoint:
         model: The Q/DQ graph.
         original: A clone of the graph before, which shares its tensors.
         blocks: Blocks of the graph before; their cut values have the same names in both.
+        layers: The same blocks, joined where they repeat.
         weights: What was quantized, in graph order.
         levels: Of every node that reads such a weight: how many others of its block lie on the
             longest way to it.
@@ -67,6 +68,7 @@ class StartingPoint:
     model: ir.Model
     original: ir.Model
     blocks: tuple[Block, ...]
+    layers: tuple[Block, ...]
     weights: tuple[CodedWeight, ...]
     levels: dict[ir.Node, int]
     rewrites: tuple[Rewrite, ...]
@@ -85,6 +87,7 @@ def quantize_to_start(
     """
     original = model.clone()
     blocks = tuple(find_blocks(model))
+    layers = tuple(find_layers(model))
     levels = _levels(model, blocks)
     rewrites: list[Rewrite] = []
     skips: list[Skip] = []
@@ -99,7 +102,9 @@ def quantize_to_start(
     for site in planned.values():
         shared.setdefault(site.weight, []).append(site)
     weights = tuple(_coded(sites, model) for sites in shared.values())
-    return StartingPoint(model, original, blocks, weights, levels, tuple(rewrites), tuple(skips))
+    return StartingPoint(
+        model, original, blocks, layers, weights, levels, tuple(rewrites), tuple(skips)
+    )
 
 
 def edges(model: ir.Model) -> list[tuple[object, ...]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompiler.execution.torch.element_types import STORAGE
 from qcompiler.ir.weights import read_all
+from qcompiler.quant.granularity import PerTensor
 from qcompiler.reconstruction.compensation import (
     ColumnGrid,
     Factor,
@@ -249,7 +250,8 @@ class _Rounding:
         fit: Fit | None = None
         # At 8 bits hardly anything is clipped, and a coarse search finds no better scale.
         static = settings.static_scales or spec.qtype.bits == 8
-        if spec.pairs is None and (not static or kept is not None):
+        shared = isinstance(spec.granularity, PerTensor)
+        if spec.pairs is None and not shared and (not static or kept is not None):
             fit = ScaleSearch(spec, STORAGE[self.weight.tensor.dtype])
         if fit is not None and (static or self.order is not None):
             fit_all(values, grid, fit, importance(self.factor, self.order), kept)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qcompiler.ir.dataflow import int_attribute
 from qcompiler.ir.quantizable import Site
-from qcompiler.quant.granularity import Granularity, PerBlock, scale_shape
+from qcompiler.quant.granularity import Granularity, PerBlock, PerTensor, scale_shape
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +29,7 @@ class WeightRows:
     | Conv `[M, C, kH, kW]`         | (0, 2, 3, 1) | `[M, kH kW C]` | `[M, kH kW ceil(C / B)]`    |
     | vector `[K]`                  | (0,)      | `[1, K]`     | `[1, ceil(K / B)]`               |
 
-    Per axis there is one scale in a row.
+    Per axis there is one scale in a row; per tensor, each row has a copy of the one scale.
 
     Attributes:
         shape: Of the weight.
@@ -74,12 +74,16 @@ class WeightRows:
 
     def scale_rows(self, scale: Array) -> Array:
         """Return a scale or zero point as `[count, groups in a row]`."""
+        if isinstance(self.granularity, PerTensor):
+            return np.repeat(scale.reshape(1, 1), self.count, axis=0)
         if not isinstance(self.granularity, PerBlock):
             return scale.reshape(self.count, 1)
         return scale.transpose(self.order).reshape(self.count, -1)
 
     def restored_scale(self, rows: Array) -> Array:
-        """Undo `scale_rows`."""
+        """Undo `scale_rows`; per tensor, rows must have kept the same scale."""
+        if isinstance(self.granularity, PerTensor):
+            rows = rows[:1]
         shape = scale_shape(self.shape, self.granularity)
         if not isinstance(self.granularity, PerBlock):
             return rows.reshape(shape)

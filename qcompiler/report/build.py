@@ -1,10 +1,7 @@
 """Makes a report from the finished graph and what the passes recorded."""
 
 import math
-import resource
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -14,8 +11,10 @@ from qcompiler.calibration.numerics import NumericsRecord
 from qcompiler.calibration.quality import OutputQuality
 from qcompiler.execution.kernels import Kernel
 from qcompiler.execution.latency import Timing
+from qcompiler.execution.process_memory import peak_memory
 from qcompiler.ir.dataflow import all_nodes
-from qcompiler.ir.provenance import OBSERVER, facts_of, origins_of
+from qcompiler.ir.provenance import COMPUTE_TYPE, OBSERVER, facts_of, origins_of
+from qcompiler.report.compute_types import TypeCounts, compute_type_of
 from qcompiler.report.records import (
     CalibrationReport,
     NodeReport,
@@ -24,8 +23,10 @@ from qcompiler.report.records import (
     QualityReport,
     SkipReport,
     Summary,
+    WindowReport,
 )
-from qcompiler.rewriting.manager import PassRecord
+from qcompiler.rewriting.base import PassRecord
+from qcompiler.rewriting.window_record import WindowRewrite
 
 _MERGED = "not found: the runtime merged or removed the op"
 _NAMES_SHOWN = 4
@@ -40,9 +41,10 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
         kernels: What the runtime runs, by node name; None if nobody looked.
     """
     found: list[NodeReport] = []
+    compute = model.metadata_props.get(COMPUTE_TYPE)
     for node in all_nodes(model):
         facts = facts_of(node)
-        if not facts.keys() & {"scheme", "placement", "placement_reason"}:
+        if not facts.keys() & {"scheme", "placement", "placement_reason", "type_reason"}:
             continue
         scheme = facts.get("scheme", "float")
         if scheme == "float" and "placement" in facts:
@@ -74,6 +76,8 @@ def node_reports(model: ir.Model, kernels: Mapping[str, Kernel] | None) -> tuple
                 sqnr_db=_finite(float(facts.get("weight_sqnr_db", math.inf))),
                 kernel=kernel.name if kernel else missing,
                 integer_kernel=kernel.integer if kernel else None,
+                compute_type=compute_type_of(node, compute),
+                type_reason=facts.get("type_reason"),
             )
         )
     return tuple(found)
@@ -90,7 +94,12 @@ def calibration_report(
         made_up=samples.made_up,
         observer=model.metadata_props.get(OBSERVER, ""),
         outputs=tuple(
-            QualityReport(entry.name, _decibels(entry.native_db), _decibels(entry.emulated_db))
+            QualityReport(
+                entry.name,
+                None if entry.native_db is None else _decibels(entry.native_db),
+                _decibels(entry.emulated_db),
+                entry.native_db is not None,
+            )
             for entry in quality
         ),
     )
@@ -106,7 +115,8 @@ def calibration_warnings(samples: Samples, quality: Sequence[OutputQuality]) -> 
         )
     found += sample_warnings(samples)
     for entry in quality:
-        lost = entry.emulated_db - entry.native_db
+        native = entry.emulated_db if entry.native_db is None else entry.native_db
+        lost = entry.emulated_db - native
         if lost > _KERNEL_LOSS_DB:
             found.append(
                 f"output {entry.name} is {lost:.1f} dB further from float with the kernels of "
@@ -186,6 +196,25 @@ def pass_reports(records: Iterable[PassRecord]) -> tuple[PassReport, ...]:
     )
 
 
+def window_reports(records: Iterable[PassRecord]) -> tuple[WindowReport, ...]:
+    """Return what became of windows, in order."""
+    rewrites = [rewrite for record in records for rewrite in record.rewrites]
+    return tuple(
+        WindowReport(
+            window.node,
+            _finite(window.loss_before),
+            _finite(window.loss_after),
+            window.kept,
+            window.codes,
+            window.flipped,
+            round(window.seconds, 3),
+            window.peak_bytes,
+        )
+        for window in rewrites
+        if isinstance(window, WindowRewrite)
+    )
+
+
 def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:
     """Turn numeric comparisons into the report's; an unchanged output has no SQNR."""
     return tuple(
@@ -201,13 +230,18 @@ def output_checks(records: Iterable[NumericsRecord]) -> tuple[OutputCheck, ...]:
 
 
 def summarize(
-    nodes: Sequence[NodeReport], latency: Sequence[Timing] = (), *, seconds: float
+    nodes: Sequence[NodeReport],
+    latency: Sequence[Timing] = (),
+    types: TypeCounts | None = None,
+    *,
+    seconds: float,
 ) -> Summary:
     """Total the nodes; weights that several nodes share are counted once."""
     with_weight = [node for node in nodes if node.weight is not None]
     distinct = list({node.weight: node for node in reversed(with_weight)}.values())
     quantized = [node for node in distinct if node.quantized]
     qualities = [node.sqnr_db for node in quantized if node.sqnr_db is not None]
+    types = types or TypeCounts()
     looked_at = [n for n in with_weight if n.quantized and n.integer_kernel is not None]
     return Summary(
         sites=len(with_weight),
@@ -223,23 +257,13 @@ def summarize(
         float_ms=latency[0].milliseconds if latency else None,
         compiled_ms=latency[1].milliseconds if latency else None,
         latency_ratio=latency[1].ratio if latency else None,
+        compute_type=types.compute_type,
+        narrow_ops=types.narrow,
+        float32_ops=types.wide,
+        casts=types.casts,
     )
 
 
 def _bits(nodes: Sequence[NodeReport]) -> float:
     elements = sum(node.elements for node in nodes)
     return round(8 * sum(node.bytes_after for node in nodes) / elements, 3) if elements else 0.0
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process, in bytes.
-
-    Linux keeps it in VmHWM; `getrusage` there also counts what the parent held before `exec`.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

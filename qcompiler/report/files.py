@@ -3,16 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qcompiler.errors import UsageError
 from qcompiler.report.records import (
     SCHEMA,
     SCHEMA_VERSION,
     CalibrationReport,
+    EngineReport,
     FileFacts,
     IslandSite,
     IslandsReport,
@@ -23,8 +24,12 @@ from qcompiler.report.records import (
     Report,
     SkipReport,
     Summary,
+    UnplannedWeight,
+    WindowReport,
 )
 
+_MANIFEST: Final = "qcompiler-manifest"
+_MANIFEST_VERSION: Final = 1
 _VERSIONS = (
     "qcompiler",
     "numpy",
@@ -33,6 +38,7 @@ _VERSIONS = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "torch",
 )
 
 
@@ -77,6 +83,8 @@ def _report(content: dict[str, Any]) -> Report:
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "islands": _islands(content.get("islands")),
+            "engine": _engine(content.get("engine")),
+            "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
         }
     )
 
@@ -95,7 +103,71 @@ def _islands(content: dict[str, Any] | None) -> IslandsReport | None:
     return IslandsReport(**{**content, "sites": sites})
 
 
-def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a compilation was made of, and what it made.
+
+    Attributes:
+        input: The source model.
+        output: The compiled model.
+        target: Name of the target.
+        recipe: As TOML.
+        settings: What was in force beside the recipe.
+        versions: Installed versions by package.
+        inputs: What calibration saw of float inputs, by name (`InputStatistics`).
+        gate: What a gate measured when it was compiled, without times; empty without one.
+    """
+
+    input: FileFacts
+    output: FileFacts
+    target: str
+    recipe: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest back.
+
+    Raises:
+        UsageError: No manifest, or one of a schema version this compiler does not know.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != _MANIFEST or content["schema_version"] != _MANIFEST_VERSION:
+            message = f"is not a {_MANIFEST} of version {_MANIFEST_VERSION}"
+            raise UsageError(message, where=str(path))
+        return Manifest(
+            FileFacts(**content["input"]),
+            FileFacts(**content["output"]),
+            str(content["target"]),
+            str(content["recipe"]),
+            dict(content["settings"]),
+            dict(content["versions"]),
+            dict(content.get("inputs") or {}),
+            dict(content.get("gate") or {}),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        message = f"cannot be read as a manifest: {error}"
+        raise UsageError(message, where=str(path)) from error
+
+
+def _engine(content: dict[str, Any] | None) -> EngineReport | None:
+    if content is None:
+        return None
+    lists = {name: tuple(content[name]) for name in ("capabilities", "warnings")}
+    other = tuple(UnplannedWeight(**entry) for entry in content["other"])
+    return EngineReport(**{**content, **lists, "other": other})
+
+
+def manifest_json(
+    report: Report,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, object] | None = None,
+    gate: Mapping[str, object] | None = None,
+) -> str:
     """Return the manifest: what went in, what came out, and with what.
 
     It holds no time and no path, so that two equal compilations give equal manifests.
@@ -103,19 +175,28 @@ def manifest_json(report: Report, settings: Mapping[str, object]) -> str:
     Args:
         report: The report of the compilation.
         settings: What was in force beside the recipe, defaults included: plain JSON values.
+        inputs: What calibration saw of float inputs, the same.
+        gate: What a gate measured, the same.
     """
     content = {
-        "schema": "qcompiler-manifest",
-        "schema_version": 1,
+        "schema": _MANIFEST,
+        "schema_version": _MANIFEST_VERSION,
         "input": asdict(report.source),
         "output": asdict(report.output),
         "target": report.target,
         "recipe": report.recipe,
         "recipe_sha256": hashlib.sha256(report.recipe.encode()).hexdigest(),
         "settings": dict(settings),
-        "versions": {name: package_version(name) for name in _VERSIONS},
+        "inputs": dict(inputs or {}),
+        "gate": dict(gate or {}),
+        "versions": package_versions(),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each package that results depend on."""
+    return {name: package_version(name) for name in _VERSIONS}
 
 
 def package_version(package: str) -> str:

@@ -52,6 +52,8 @@ class NodeReport:
             in float.
         equalized: By which scales the channels of its data were equalized, and what that did to
             the error of its product on samples; None where they were not looked at.
+        compute_type: The float type it computes in; None where the model was not cast.
+        type_reason: Why that is float32, None where it is not, or was not chosen.
     """
 
     name: str
@@ -72,6 +74,8 @@ class NodeReport:
     float_ms: float | None = None
     quantized_ms: float | None = None
     equalized: str | None = None
+    compute_type: str | None = None
+    type_reason: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -115,6 +119,31 @@ class PassReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowReport:
+    """What became of a window of blocks that was reconstructed.
+
+    Attributes:
+        blocks: What its blocks are called.
+        loss_before: Loss on held-out calls with the codes it began with.
+        loss_after: The same with what was learned.
+        kept: Whether that was better, and kept.
+        codes: Codes of all its weights.
+        flipped: How many are others than at the start.
+        seconds: Wall time.
+        peak_bytes: Peak memory of the device, of the process on a CPU.
+    """
+
+    blocks: str
+    loss_before: float | None
+    loss_after: float | None
+    kept: bool
+    codes: int
+    flipped: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class OutputCheck:
     """How a pass changed one output (`--verify numerics`).
 
@@ -140,12 +169,16 @@ class QualityReport:
     Attributes:
         name: The output.
         native_db: SQNR as the runtime runs the model, dB; None where nothing changed.
-        emulated_db: The same with the runtime's optimizations off, Q/DQ computed in float.
+        emulated_db: The same with the runtime's optimizations off, Q/DQ computed in float, and
+            16-bit floats rounded wherever they are stored.
+        ran: Whether the runtime on this machine can run the model; otherwise `native_db` says
+            nothing.
     """
 
     name: str
     native_db: float | None
     emulated_db: float | None
+    ran: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +264,60 @@ class IslandsReport:
 
 
 @dataclass(frozen=True, slots=True)
+class UnplannedWeight:
+    """A weight that does not lie in an engine as the graph holds it.
+
+    Attributes:
+        name: The initializer.
+        planned: The type in the graph.
+        found: The wider type in the engine; None where it was not found in any form that is known.
+        planned_bytes: What it takes in the graph, without scales.
+        found_bytes: What it takes in the engine; None where it was not found.
+    """
+
+    name: str
+    planned: str
+    found: str | None
+    planned_bytes: int
+    found_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """The engine that was built from the compiled model.
+
+    Attributes:
+        name: File name without folders.
+        bytes: Its size.
+        sha256: Its hash.
+        library: What built it.
+        version: Of the library.
+        capabilities: Processors that it is for; empty is that of the machine.
+        seconds: What the library took.
+        layers: Layers of the network before the library fused any.
+        planned_bytes: Bytes of all constants of the graph, each once.
+        weights: Weights that were looked for in it; None, as below, where none are in it.
+        as_planned: How many were found in the type that the graph holds them in, and no wider one.
+        other: The others.
+        warnings: What the library warned of.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    library: str
+    version: str
+    capabilities: tuple[str, ...]
+    seconds: float
+    layers: int
+    planned_bytes: int
+    weights: int | None
+    as_planned: int | None
+    other: tuple[UnplannedWeight, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Totals over all weights; a weight that several ops share counts once.
 
@@ -250,6 +337,11 @@ class Summary:
             latency was not measured.
         compiled_ms: The same of the result.
         latency_ratio: Median of compiled / float over pairs of runs.
+        compute_type: The 16-bit type the model was cast to; None, as the three below, where it was
+            not.
+        narrow_ops: Ops that compute in it.
+        float32_ops: Ops that stay in float32.
+        casts: Casts that were added between them.
     """
 
     sites: int
@@ -265,6 +357,10 @@ class Summary:
     float_ms: float | None = None
     compiled_ms: float | None = None
     latency_ratio: float | None = None
+    compute_type: str | None = None
+    narrow_ops: int | None = None
+    float32_ops: int | None = None
+    casts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +379,8 @@ class Report:
     warnings: tuple[str, ...]
     runtime: str | None
     calibration: CalibrationReport | None = None
+    engine: EngineReport | None = None
+    windows: tuple[WindowReport, ...] = ()
     islands: IslandsReport | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from qcompiler.errors import printable
 from qcompiler.report.records import (
-    CalibrationReport,
+    EngineReport,
     IslandsReport,
     NodeReport,
     PassReport,
+    QualityReport,
     Report,
 )
 
@@ -21,6 +22,8 @@ _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
 _NAMES_SHOWN = 3
 _PASSES_SHOWN = 3
+_TYPE_REASONS_SHOWN = 8
+_UNPLANNED_SHOWN = 10
 
 
 def escape(text: str) -> str:
@@ -49,11 +52,11 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in _calibration(report.calibration):
+    for line in (*_calibration(report), *_engine(report.engine)):
         console.print(escape(line), highlight=False)
     for line in island_lines(report.islands):
         console.print(escape(line), highlight=False)
-    for line in _reasons(report.nodes):
+    for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -62,14 +65,17 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
-def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
+def _calibration(report: Report) -> Iterator[str]:
+    calibration, compute = report.calibration, report.summary.compute_type
     if calibration is None:
         return
-    yield f"calibrated by {calibration.observer} on {calibration.source}"
+    how_else = "" if compute is None else f"values rounded to {compute} and "
+    how = f"calibrated by {calibration.observer}" if calibration.observer else "outputs compared"
+    yield f"{how} on {calibration.source}"
     for output in calibration.outputs:
         yield (
-            f"output {output.name}: {_db(output.native_db)} from float as it runs here, "
-            f"{_db(output.emulated_db)} with Q/DQ computed in float"
+            f"output {output.name}: {_native(output)}, "
+            f"{_db(output.emulated_db)} with {how_else}Q/DQ computed in float"
         )
 
 
@@ -88,6 +94,32 @@ def island_lines(islands: IslandsReport | None) -> Iterator[str]:
     )
     shares = (f"{name}: {share:.1%}" for name, share in islands.concentration.items())
     yield f"saliency in the best {', '.join(shares)}"
+
+
+def _engine(engine: EngineReport | None) -> Iterator[str]:
+    if engine is None:
+        return
+    where = f" for {', '.join(engine.capabilities)}" if engine.capabilities else ""
+    yield (
+        f"engine {engine.name}{where} by {engine.library} {engine.version}: {size(engine.bytes)}, "
+        f"constants of the graph {size(engine.planned_bytes)}; {engine.layers} layers, built in "
+        f"{engine.seconds:.1f} s"
+    )
+    if engine.weights is not None:
+        yield f"{engine.as_planned} of {engine.weights} weights lie in it as planned"
+    for weight in engine.other[:_UNPLANNED_SHOWN]:
+        found = "not found" if weight.found is None else f"found as {weight.found}"
+        yield f"  {weight.name}: planned as {weight.planned}, {found}"
+    if len(engine.other) > _UNPLANNED_SHOWN:
+        yield f"  and {len(engine.other) - _UNPLANNED_SHOWN} more, in the report"
+    for text in engine.warnings:
+        yield f"  {engine.library} warns: {text}"
+
+
+def _native(output: QualityReport) -> str:
+    if not output.ran:
+        return "not run as it is here"
+    return f"{_db(output.native_db)} from float as it runs here"
 
 
 def _db(value: float | None) -> str:
@@ -169,11 +201,22 @@ def _totals(report: Report) -> Iterator[str]:
             f"{summary.integer_kernels} of {summary.quantized} quantized ops run on integer "
             f"weights in {report.runtime}"
         )
+    if summary.compute_type is not None:
+        yield (
+            f"{summary.narrow_ops} ops compute in {summary.compute_type}, {summary.float32_ops} "
+            f"stay in float32; Casts added between them: {summary.casts}"
+        )
     if summary.float_ms is not None and summary.compiled_ms is not None:
         yield (
             f"latency {summary.float_ms:.2f} ms -> {summary.compiled_ms:.2f} ms on the largest "
             f"sample, {summary.latency_ratio:.2f} of float's time; regions: "
             f"{_regions(report.nodes)}"
+        )
+    if report.windows:
+        kept = [window for window in report.windows if window.kept]
+        yield (
+            f"{len(kept)} of {len(report.windows)} windows nearer to float than they were; "
+            f"{sum(w.seconds for w in report.windows):.0f} s"
         )
     yield f"{summary.seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"
     yield _slowest(report)
@@ -200,6 +243,22 @@ def _reasons(nodes: Sequence[NodeReport]) -> Iterator[str]:
         yield f"{scheme} by {rule}: {len(names)} ({shown}): {reason}"
 
 
+def _types(nodes: Sequence[NodeReport]) -> Iterator[str]:
+    """Say why ops stay in float32, one line for all that have the same reason."""
+    groups: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.type_reason is not None:
+            groups.setdefault(node.type_reason, []).append(node.name)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    for reason, names in ranked[:_TYPE_REASONS_SHOWN]:
+        more = ", ..." if len(names) > _NAMES_SHOWN else ""
+        yield f"float32: {len(names)} ({', '.join(names[:_NAMES_SHOWN])}{more}): {reason}"
+    rest = ranked[_TYPE_REASONS_SHOWN:]
+    if rest:
+        count = sum(len(names) for _, names in rest)
+        yield f"float32: {count} more, for other reasons; the report and `explain` have them"
+
+
 def _slowest(report: Report) -> str:
     """Return the passes that took longest, with their seconds."""
     passes = sorted(report.passes, key=lambda record: -record.seconds)[:_PASSES_SHOWN]
@@ -214,8 +273,12 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
     if others:
         yield f"  also     {', '.join(others)}"
     yield f"  scheme   {node.scheme}"
-    yield f"  rule     {node.rule}"
-    yield f"  reason   {node.reason}"
+    if node.rule or node.reason:
+        yield f"  rule     {node.rule}"
+        yield f"  reason   {node.reason}"
+    if node.compute_type is not None:
+        because = f", since {node.type_reason}" if node.type_reason else ""
+        yield f"  computes in {node.compute_type}{because}"
     yield from _activations(node)
     if node.weight is not None:
         yield f"  weight   {node.weight}: {node.elements} elements"
@@ -229,7 +292,7 @@ def explanation(node: NodeReport, passes: Sequence[PassReport]) -> Iterator[str]
         yield f"  kernel   {node.kernel}"
     for record in passes:
         for skip in record.skips:
-            if skip.node == node.name and skip.reason != node.reason:
+            if skip.node == node.name and skip.reason not in (node.reason, node.type_reason):
                 yield f"  {record.name} left it alone ({skip.rule}): {skip.reason}"
 
 

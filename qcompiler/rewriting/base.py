@@ -67,6 +67,27 @@ class PassResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did, as the report shows it.
+
+    Attributes:
+        name: The pass.
+        stage: The stage the model was at afterwards.
+        numerics: What the pass declares about outputs.
+        seconds: Time in the pass itself, verification excluded.
+        rewrites: What it changed.
+        skips: What it refused, with reasons.
+    """
+
+    name: str
+    stage: Stage
+    numerics: Numerics
+    seconds: float
+    rewrites: tuple[Rewrite, ...]
+    skips: tuple[Skip, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PassContext:
     """What a pass may use beside the model.
 
@@ -99,6 +120,7 @@ class Pass(ABC):
             that is computed in, and no pass can do better.
         written_by_user: Whether the code is not ours. ONNX's checker judges what it made at once,
             so that no later pass is blamed, and its faults are usage errors, not defects.
+        retypes_signature: Whether float inputs and outputs of the model may get another float type.
         options: What the pass was made with, for reproducers; None where it takes nothing.
     """
 
@@ -108,6 +130,7 @@ class Pass(ABC):
     numerics: ClassVar[Numerics]
     tolerance: ClassVar[float | None] = None
     written_by_user: ClassVar[bool] = False
+    retypes_signature: bool = False
     options: object | None = None
 
     @property

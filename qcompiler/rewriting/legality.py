@@ -168,7 +168,9 @@ def _zero_points_fit(model: ir.Model) -> Iterator[tuple[str, str]]:
             yield node_label(node), "its zero point and its codes differ in type"
         scale = constant_of(node.inputs[1])
         tensor = constant_of(zero_point)
-        if tensor is not None and scale is not None and tensor.shape != scale.shape:
+        if tensor is None or scale is None or tensor.size == scale.size == 1:
+            continue  # a vector of one stands for one number
+        if tensor.shape != scale.shape:
             yield node_label(node), "its zero point and its scale differ in shape"
 
 

@@ -2,37 +2,16 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
 
 from qcompiler.errors import InternalError, ParityError, QCompilerError, UsageError
 from qcompiler.ir.provenance import STAGE
-from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from qcompiler.rewriting.base import Pass, PassContext, PassRecord, PassResult
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.verifier import Signature, check_standard, verify
-
-
-@dataclass(frozen=True, slots=True)
-class PassRecord:
-    """What one pass did, as the report shows it.
-
-    Attributes:
-        name: The pass.
-        stage: The stage the model was at afterwards.
-        numerics: What the pass declares about outputs.
-        seconds: Time in the pass itself, verification excluded.
-        rewrites: What it changed.
-        skips: What it refused, with reasons.
-    """
-
-    name: str
-    stage: Stage
-    numerics: Numerics
-    seconds: float
-    rewrites: tuple[Rewrite, ...]
-    skips: tuple[Skip, ...]
+from qcompiler.rewriting.work_folder import WorkFolder
 
 
 class PassHook(Protocol):
@@ -75,14 +54,31 @@ class PassManager:
     Args:
         context: What the passes may use.
         hooks: Called around every pass, in this order.
+        work: Where intermediate models are kept, if anywhere.
     """
 
-    def __init__(self, context: PassContext, hooks: Sequence[PassHook] = ()) -> None:
+    def __init__(
+        self,
+        context: PassContext,
+        hooks: Sequence[PassHook] = (),
+        work: WorkFolder | None = None,
+    ) -> None:
         self._context = context
         self._hooks = tuple(hooks)
+        self._work = work
 
-    def run(self, model: ir.Model, passes: Sequence[Pass]) -> list[PassRecord]:
+    def run(
+        self, model: ir.Model, passes: Sequence[Pass], done: Sequence[PassRecord] = ()
+    ) -> list[PassRecord]:
         """Run `passes` over `model` in place.
+
+        Args:
+            model: The model, as the passes of `done` left it.
+            passes: All of them.
+            done: Records of the first of them, which have run already.
+
+        Returns:
+            The records of all.
 
         Raises:
             UsageError: A pass needs a stage the model has not reached, or a user's pass failed.
@@ -91,10 +87,18 @@ class PassManager:
             QCompilerError: Whatever a pass refuses the model with.
         """
         signature = Signature.of(model)
-        records: list[PassRecord] = []
+        records = [*done]
         with self._context.progress.task("passes", len(passes)) as advance:
-            for rewrite in passes:
-                records.append(self._run_one(model, rewrite, signature))
+            advance(len(done))
+            for rewrite in passes[len(done) :]:
+                if rewrite.retypes_signature:
+                    kept = Signature.of(model, any_float=True)
+                    records.append(self._run_one(model, rewrite, kept))
+                    signature = Signature.of(model)
+                else:
+                    records.append(self._run_one(model, rewrite, signature))
+                if self._work is not None:
+                    self._work.keep(model, records)
                 advance(1)
         return records
 

@@ -15,6 +15,7 @@ from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.structure import structural_faults
 
 _SHOWN = 5
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _NO_RANK = "Field 'shape' of 'type' is required"
 
 
@@ -25,10 +26,12 @@ class Signature:
     Attributes:
         inputs: Name, type and shape of every input.
         outputs: Name and type of every output; no shapes, as inference may sharpen them.
+        any_float: Whether all float types count as one.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    any_float: bool = False
 
     def holds_for(self, other: "Signature") -> bool:
         """Whether another signature is the same, but for types that were not known here."""
@@ -40,12 +43,19 @@ class Signature:
         )
 
     @classmethod
-    def of(cls, model: ir.Model) -> "Signature":
+    def of(cls, model: ir.Model, *, any_float: bool = False) -> "Signature":
         """Read the signature of a model."""
         return cls(
-            tuple(f"{v.name}: {v.type} {v.shape}" for v in model.graph.inputs),
-            tuple(f"{v.name}: {v.type}" for v in model.graph.outputs),
+            tuple(f"{v.name}: {_type(v, any_float)} {v.shape}" for v in model.graph.inputs),
+            tuple(f"{v.name}: {_type(v, any_float)}" for v in model.graph.outputs),
+            any_float,
         )
+
+
+def _type(value: ir.Value, any_float: bool) -> str:
+    if any_float and isinstance(value.type, ir.TensorType) and value.type.dtype in _FLOATS:
+        return "a float type"
+    return str(value.type)
 
 
 def verify(model: ir.Model, stage: Stage, signature: Signature, *, after: str) -> None:
@@ -54,7 +64,7 @@ def verify(model: ir.Model, stage: Stage, signature: Signature, *, after: str) -
     Args:
         model: The model as a pass left it.
         stage: The stage it should be at.
-        signature: What it had before the first pass.
+        signature: What it had before the first pass, or what this pass must keep of it.
         after: What messages call the pass.
 
     Raises:
@@ -63,7 +73,7 @@ def verify(model: ir.Model, stage: Stage, signature: Signature, *, after: str) -
     """
     _raise_for(structural_faults(model), after)
     _raise_for(violations(model, stage), after)
-    found = Signature.of(model)
+    found = Signature.of(model, any_float=signature.any_float)
     if not signature.holds_for(found):
         message = f"changed the model's signature from {signature} to {found}"
         raise InternalError(message, where=after)

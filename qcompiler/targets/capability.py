@@ -6,9 +6,19 @@ request to `resolve`, which finds the first row that fits and says why, or why n
 
 from dataclasses import dataclass, replace
 
+from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.targets.placement import Placement
-from qcompiler.targets.rows import LoweredOp, OpType, Refusal, Row, Substitute, WeightUse
+from qcompiler.targets.processors import Processor, without_type
+from qcompiler.targets.rows import (
+    LoweredOp,
+    MissingOp,
+    OpType,
+    Refusal,
+    Row,
+    Substitute,
+    WeightUse,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +29,8 @@ class SchemeRequest:
         op_type: Operator name.
         domain: Operator domain, "" for ONNX's own.
         scheme: What was asked for; symmetry and block size may be undecided.
-        float_type: ONNX name of the weight's float type, such as "FLOAT16".
+        float_type: ONNX name of the float type that the op is going to compute in, such as
+            "FLOAT16": that of the weight, or what it will be cast to.
         reduction: Number of input channels (K).
         outputs: Number of output channels (N).
         weight_rank: Rank of the weight.
@@ -28,6 +39,8 @@ class SchemeRequest:
         tied: Whether several ops share the weight.
         left: Whether the weight is the first input of a matrix product.
         in_body: Whether the op lies in an If, Loop or Scan body.
+        rows: How often the op multiplies by its whole weight in one run, None where shapes do
+            not say.
     """
 
     op_type: str
@@ -42,6 +55,7 @@ class SchemeRequest:
     tied: bool = False
     left: bool = False
     in_body: bool = False
+    rows: int | None = None
 
     @property
     def op(self) -> OpType:
@@ -115,7 +129,14 @@ class Target:
         placement: Where it wants quantized activations.
         lowering: Names of the passes that give a Q/DQ graph the runtime's own form, in order.
         lowered_ops: What those passes may leave behind, and Q/DQ nodes with it.
+        intake: Names of the passes that give what other tools quantized a form that the runtime
+            takes, in order; they run before the others, while all floats are float32.
         added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
+        missing_ops: What it does not have, whoever made it.
+        processors: What an engine must run on; empty where that does not matter.
+        known_processors: What else can be named instead.
+        tuned: Whether `processors` were named, so that what does not pay off there is left out.
+        engine: What builds engines for it, by its name in `export.to_tensorrt`; None is nobody.
     """
 
     name: str
@@ -133,6 +154,17 @@ class Target:
     lowering: tuple[str, ...]
     lowered_ops: tuple[LoweredOp, ...]
     added_biases: tuple[AddedBias, ...] = ()
+    intake: tuple[str, ...] = ()
+    missing_ops: tuple[MissingOp, ...] = ()
+    processors: tuple[Processor, ...] = ()
+    known_processors: tuple[Processor, ...] = ()
+    tuned: bool = False
+    engine: str | None = None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether ONNX Runtime is the runtime, so that kernels and latency can be looked at."""
+        return self.engine is None
 
 
 def resolve(target: Target, request: SchemeRequest) -> Resolution:
@@ -150,13 +182,45 @@ def resolve(target: Target, request: SchemeRequest) -> Resolution:
         )
     complaints: list[tuple[bool, str]] = []
     for row in _rows_for(target, request):
-        found = _fit(row, request)
+        found = _unfit_processor(target, row, request) or _fit(row, request)
         if isinstance(found, Resolution):
-            return found
+            return _unless_compute_bound(target, row, request) or found
         complaints.append((request.use not in row.uses, found))
     # What the first row about this use of the weight says, before rows about other uses.
     complaint = min(complaints, key=lambda item: item[0], default=(False, ""))[1]
     return _instead(target, request, complaint)
+
+
+def _unfit_processor(target: Target, row: Row, request: SchemeRequest) -> str:
+    """Return which processor cannot run a row, "" if all can."""
+    # Rows are symmetric wherever processors matter: codes are signed.
+    stored = qtype_of(request.scheme.weight_bits, signed=True).onnx_name
+    without = without_type(target.processors, stored)
+    if without:
+        return f"{', '.join(without)} has no {stored}: use w8a16, or name other processors"
+    for one in target.processors:
+        if request.float_type in row.float_types and request.float_type not in one.compute_types:
+            return (
+                f"{one.name} has no products in {request.float_type}: "
+                f"compute in {' or '.join(one.compute_types)}, or name other processors"
+            )
+    return ""
+
+
+def _unless_compute_bound(target: Target, row: Row, request: SchemeRequest) -> Resolution | None:
+    """Refuse a row that only saves reading, where reading does not take the time; else None."""
+    if not (target.tuned and row.weight_bound) or request.rows is None:
+        return None
+    slowest = max(target.processors, key=lambda one: one.ridge)
+    if request.rows <= slowest.ridge:
+        return None
+    return _float(
+        "compute-bound",
+        f"with {request.rows} rows in a run its arithmetic takes longer than reading its weights "
+        f"(beyond {slowest.ridge} rows on {slowest.name}), and decoding "
+        f"{request.scheme.weight_bits} bits gains no time: name no processor to have the "
+        "smaller file",
+    )
 
 
 def _rows_for(target: Target, request: SchemeRequest) -> list[Row]:
@@ -199,7 +263,11 @@ def _applies(substitute: Substitute, request: SchemeRequest) -> bool:
 
 def _refusal_for(target: Target, request: SchemeRequest) -> Refusal | None:
     for refusal in target.refusals:
-        if request.op in refusal.ops and request.scheme.weight_bits in refusal.weight_bits:
+        if (
+            request.op in refusal.ops
+            and request.scheme.weight_bits in refusal.weight_bits
+            and refusal.activations in (None, request.scheme.activations)
+        ):
             return refusal
     return None
 
@@ -213,7 +281,8 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
     complaint = _misfit(row, request)
     if complaint:
         return complaint
-    block = _block_size(row, request)
+    shared = request.scheme.per_tensor and row.per_tensor
+    block = _granularity(row, request)
     if block is None:
         return (
             f"no legal granularity for {request.reduction} input channels: "
@@ -221,7 +290,9 @@ def _fit(row: Row, request: SchemeRequest) -> Resolution | str:
         )
     block_size, block_note = block
     symmetric, symmetry_note = _symmetry(row, request)
-    scheme = replace(request.scheme, block_size=block_size or None, symmetric=symmetric)
+    scheme = replace(
+        request.scheme, block_size=block_size or None, symmetric=symmetric, per_tensor=shared
+    )
     notes = [note for note in (block_note, symmetry_note, row.note) if note]
     return Resolution(
         scheme,
@@ -251,6 +322,15 @@ def _misfit(row: Row, request: SchemeRequest) -> str:
             f"not {request.reduction}"
         )
     return ""
+
+
+def _granularity(row: Row, request: SchemeRequest) -> tuple[int, str] | None:
+    """Return the block size (0 for none) and why it changed; None where nothing is legal."""
+    if request.scheme.per_tensor and row.per_tensor:
+        return 0, ""
+    if request.scheme.per_tensor and row.per_channel:
+        return 0, "one scale per output channel: this kernel gains nothing from a single one"
+    return _block_size(row, request)
 
 
 def _block_size(row: Row, request: SchemeRequest) -> tuple[int, str] | None:

@@ -57,6 +57,7 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "Expand"), ((*_BYTES, *_COMPUTED), ("INT64",))),
     LoweredOp(("", "Transpose"), ((*_DEQUANTIZED, *_COMPUTED),)),
     LoweredOp(("", "Add"), (_COMPUTED, _COMPUTED)),
+    LoweredOp(("", "Sum"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "Sub"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "Mul"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "MatMul"), (_COMPUTED, _COMPUTED)),

@@ -17,6 +17,9 @@ class Part(StrEnum):
     """Has an integer kernel that pays off only between quantized values: Add, GlobalAveragePool."""
     CARRIES = "carries"
     """Moves or selects values: what it returns has the scale of what it reads."""
+    JOINS = "joins"
+    """Adds what an op that computes has summed up to another branch. That branch is read as
+    codes, which spares its floats a way through memory; the sums stay as they are."""
     VANISHES = "vanishes"
     """Is absorbed by the rounding behind the op before it: a Relu whose output's codes begin at
     its zero point."""
@@ -37,6 +40,7 @@ class PlacementRule:
             compute only: all others need it.
         modes: Values that the string attribute `mode` may have; None is any.
         attributes: Integer attributes, and lists of integers, with a limited range.
+        beside: Of ops that join: the ops whose sums they add to the other branch.
     """
 
     rule: str
@@ -48,6 +52,7 @@ class PlacementRule:
     output: bool = True
     modes: tuple[str, ...] | None = None
     attributes: tuple[LegalAttribute, ...] = ()
+    beside: tuple[OpType, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,9 @@ class Row:
             (`quant.scheme.PairLimit`); None where the kernel does not saturate.
         bodies: Whether the op may lie in an If, Loop or Scan body.
         note: A clause added to the reason: what a user should know about the row.
+        per_tensor: Whether one scale for the whole weight is legal.
+        weight_bound: Whether the row pays off only where reading weights takes longer than
+            multiplying by them; it is asked where the processor is known.
     """
 
     rule: str
@@ -64,6 +67,8 @@ class Row:
     pair_limit: int | None = None
     bodies: bool = True
     note: str = ""
+    per_tensor: bool = False
+    weight_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class Refusal:
         weight_bits: The widths it is about.
         reason: Why the op stays in float, one sentence without a full stop.
         source: Where the row comes from.
+        activations: The treatment of the data input that it is about; None is any.
     """
 
     rule: str
@@ -83,6 +89,7 @@ class Refusal:
     weight_bits: tuple[int, ...]
     reason: str
     source: str
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,32 @@ class LegalAttribute:
     values: tuple[int, ...]
 
 
+class Demand(StrEnum):
+    """What a runtime wants of a QuantizeLinear or DequantizeLinear beside its types."""
+
+    ZERO_POINTS_ARE_ZERO = "zero points are 0"
+    SIGNED = "codes are signed, which a QuantizeLinear must say"
+    """Without a zero point and `output_dtype` its codes are uint8."""
+    WHOLE_BLOCKS = "blocks divide their axis"
+    BLOCKS_ON_LAST_AXES = "blocks lie along one of the last two axes"
+    INT4_BLOCKS_ON_THE_RIGHT = "blocks of int4 are no first operand of a product"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingOp:
+    """One op that a runtime does not have, wherever it comes from.
+
+    Attributes:
+        domain: Domain of the operator.
+        names: Operator names; empty for all of the domain.
+        way_out: What to do about it, a clause.
+    """
+
+    domain: str
+    names: tuple[str, ...]
+    way_out: str
+
+
 @dataclass(frozen=True, slots=True)
 class LoweredOp:
     """One form of an op that a lowered graph may hold.
@@ -125,8 +158,10 @@ class LoweredOp:
         op: Domain and name.
         inputs: ONNX names of the legal element types by position; inputs beyond are free.
         attributes: Integer attributes with a limited range.
+        demands: What else must hold of it.
     """
 
     op: OpType
     inputs: tuple[tuple[str, ...], ...] = ()
     attributes: tuple[LegalAttribute, ...] = ()
+    demands: tuple[Demand, ...] = ()

@@ -15,7 +15,8 @@ from qcompiler.errors import UsageError
 from qcompiler.execution.sessions import open_session
 from qcompiler.ir.dataflow import all_nodes
 from qcompiler.ir.provenance import SCHEME
-from qcompiler.pipeline import Plan, pass_named, quantizing_passes
+from qcompiler.pipeline import pass_named, quantizing_passes
+from qcompiler.plan import Plan
 from tests.support.graphs import serialized
 from tests.support.sensitive import OPS, SENSITIVE, calls, context, planned, sensitive_model
 

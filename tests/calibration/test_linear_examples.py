@@ -121,13 +121,14 @@ def test_rounds_hold_what_fits_and_one_op_must_fit() -> None:
 
 
 def quantized(
-    scheme: str, data: Mapping[str, str] | None = None, **options: int
+    scheme: str, data: Mapping[str, str] | None = None, **options: Any
 ) -> tuple[QuantizedProduct, Array, Array]:
     model = build("g (float[N, 16] x) => (float[N, 4] y) { y = MatMul(x, w) }", {"w": WEIGHT})
     site, examples = examples_of(model, calls((50, 16)), count=64)
     annotate(site.node, scheme=scheme, **(data or {}))
     channels = np.arange(16)
-    product = QuantizedProduct(site, channels, examples, options.get("outlier_limit", 0))
+    options.setdefault("outlier_limit", 0)
+    product = QuantizedProduct(site, channels, examples, **options)
     return product, examples.rows[0], WEIGHT
 
 
@@ -170,6 +171,18 @@ def test_channels_that_stay_in_float_do_not_widen_the_range() -> None:
     noises = [
         noise_of(quantized("w8a8:sym", {"quantized_inputs": "[0]"}, outlier_limit=limit)[0], scales)
         for limit in (0, 8)
+    ]
+    assert noises[1].judge < noises[0].judge / 20
+
+
+def test_data_of_few_steps_is_rounded_in_two_terms() -> None:
+    scales = np.ones(16)
+    scales[3] = 1 / 2000  # all others are a fraction of a step large
+    noises = [
+        noise_of(
+            quantized("w8a8:sym", {"quantized_inputs": "[0]"}, two_terms_below=below)[0], scales
+        )
+        for below in (0.0, 2.0)
     ]
     assert noises[1].judge < noises[0].judge / 20
 

@@ -9,6 +9,7 @@ import pytest
 
 from qcompiler.calibration.numerics import VerifyNumerics
 from qcompiler.errors import ParityError, TargetError
+from qcompiler.ir.shapes import infer_shapes
 from qcompiler.ir.weights import WeightStore
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.manager import PassHook, PassManager
@@ -140,3 +141,21 @@ def test_custom_op_libraries_reach_the_session(tmp_path: Path) -> None:
     hook = VerifyNumerics(_feeds(), [tmp_path / "none.so"])
     with pytest.raises(TargetError, match=r"none\.so"):
         _run(_model(), Round(1.0), hook, tmp_path)
+
+
+def test_16_bit_floats_are_rounded_as_they_are_stored() -> None:
+    """ONNX Runtime itself has no bfloat16, and would not overflow in float16 here."""
+    for kind, large in (("bfloat16", 1e38), ("float16", 60000.0)):
+        text = f"g (float[2] x) => (float[2] y) {{ a = Cast<to = {_code(kind)}>(x) b = Add(a, a)"
+        model = build(f"{text} y = Cast<to = 1>(b) }}")
+        infer_shapes(model)
+        hook = VerifyNumerics({"x": np.array([large, 1.001], np.float32)})
+        hook.before_pass(model, Scale(1.0))
+        found = hook._run(model)["y"]
+        assert np.isinf(found[0]) == (kind == "float16")
+        assert found[1] == pytest.approx(2.0, abs=0.01)
+        assert found[1] != np.float32(2.002)
+
+
+def _code(kind: str) -> int:
+    return int(ir.DataType[kind.upper()])

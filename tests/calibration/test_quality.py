@@ -9,6 +9,8 @@ import pytest
 
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.quality import MOST_CALLS, Reference, output_quality
+from qcompiler.ir.provenance import COMPUTE_TYPE
+from qcompiler.ir.shapes import infer_shapes
 from tests.support.graphs import build
 
 
@@ -75,3 +77,35 @@ def test_the_calls_used_are_spread_over_all(tmp_path: Path) -> None:
     assert read == list(range(2 * MOST_CALLS))
     reference = Reference(model(1.0), samples(20), memory=1 << 20, most_calls=5)
     assert [len(feeds["x"]) for feeds in reference.feeds] == [1, 5, 9, 13, 17]
+
+
+def test_a_cast_model_is_compared_with_every_value_rounded(tmp_path: Path) -> None:
+    text = "g (float[N] x) => (float[N] y) { a = Cast<to = 10>(x) s = Mul(a, a) r = Sqrt(s)"
+    cast = build(f"{text} y = Cast<to = 1>(r) }}")
+    infer_shapes(cast)
+    wide = build("g (float[N] x) => (float[N] y) { s = Mul(x, x) y = Sqrt(s) }")
+    source = saved(wide, tmp_path / "a")
+    calls = Samples("test", False, 1, lambda: iter([{"x": np.array([300, 2], np.float32)}]))
+    (plain,) = output_quality(source, saved(cast, tmp_path / "b"), calls)
+    assert plain.native_db == plain.emulated_db == np.inf
+    cast.metadata_props[COMPUTE_TYPE] = "float16"
+    (found,) = output_quality(source, saved(cast, tmp_path / "b"), calls)
+    assert found.native_db == np.inf
+    assert found.emulated_db == -np.inf
+    (found,) = output_quality(source, tmp_path / "b", calls, native=False)
+    assert found.native_db is None
+
+
+def test_bfloat16_is_compared_though_nothing_runs_it_here(tmp_path: Path) -> None:
+    text = "g (float[N] x) => (float[N] y) { a = Cast<to = 16>(x) s = Neg(a) y = Cast<to = 1>(s) }"
+    narrow = build(text)
+    infer_shapes(narrow)
+    path = saved(narrow, tmp_path / "b")
+    calls = Samples("test", False, 1, lambda: iter([{"x": np.array([1.001, 2], np.float32)}]))
+    (same,) = output_quality(path, path, calls)
+    assert (same.native_db, same.emulated_db) == (None, np.inf)
+    wide = saved(build("g (float[N] x) => (float[N] y) { y = Neg(x) }"), tmp_path / "a")
+    narrow.metadata_props[COMPUTE_TYPE] = "bfloat16"
+    (found,) = output_quality(wide, saved(narrow, path), calls)
+    assert found.native_db is None
+    assert 60 < found.emulated_db < 70

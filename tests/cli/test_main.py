@@ -109,7 +109,8 @@ def test_inspect_lists_sites_and_blocks(run: Run, digits: Path) -> None:
 
 def test_passes_run_one_by_one_reach_the_same_model(run: Run, digits: Path, tmp_path: Path) -> None:
     from qcompiler.options import CompileOptions
-    from qcompiler.pipeline import make_plan, pipeline
+    from qcompiler.pipeline import pipeline
+    from qcompiler.plan import make_plan
 
     model = digits
     names = [each.name for each in pipeline(make_plan(CompileOptions(scheme="w4a16:b32")))]
@@ -134,7 +135,8 @@ def test_dump_ir_writes_a_valid_model_after_every_pass(
     import onnxruntime
 
     from qcompiler.options import CompileOptions
-    from qcompiler.pipeline import make_plan, pipeline
+    from qcompiler.pipeline import pipeline
+    from qcompiler.plan import make_plan
 
     run(digits, "-o", tmp_path / "out.onnx", "--dump-ir", tmp_path / "ir")
     dumped = sorted((tmp_path / "ir").iterdir())

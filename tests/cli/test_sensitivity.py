@@ -20,7 +20,8 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
     """Run the command on the model; gives exit status, standard output and error."""
     model = tmp_path / "model.onnx"
     ir.save(sensitive_model(), model)
-    common = ("--calibration", "random:3", "--outlier-channels", "0", "--observer", "min-max")
+    calibrate = ("--calibration", "random:3", "--observer", "min-max")
+    common = (*calibrate, "--outlier-channels", "0", "--two-terms-below", "0")
 
     def call(command: str, *arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:

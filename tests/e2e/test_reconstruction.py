@@ -10,6 +10,7 @@ import pytest
 
 from qcompiler.cli.main import main
 from qcompiler.quant.ranges import sqnr_db
+from qcompiler.reconstruction import reconstruction
 from tests.support.graphs import random_array
 from tests.support.parity import run_model
 
@@ -61,19 +62,67 @@ def test_gptq_leaves_outputs_nearer(scheme: str, calls: Path, tmp_path: Path) ->
     assert "insert-qdq" not in names
 
 
-def test_the_same_command_gives_the_same_bytes(calls: Path, tmp_path: Path) -> None:
+def test_cbq_leaves_outputs_nearer_than_gptq(calls: Path, tmp_path: Path) -> None:
+    found = {}
+    for method in ("gptq", "cbq"):
+        path = tmp_path / f"{method}.onnx"
+        common = ("compile", DIGITS, "-o", path, "--scheme", "w2a16:b32", "--equalize", "none")
+        assert status(*common, "--calibration", calls, "--reconstruct", method) == 0
+        found[method] = noise_db(path)
+    assert found["cbq"] > found["gptq"] + 0.5
+    report = json.loads((tmp_path / "cbq.report.json").read_text())
+    names = [record["name"] for record in report["passes"]]
+    assert "reconstruct-blocks" in names
+    assert not {"insert-qdq", "round-weights"} & set(names)
+    assert report["windows"]
+    for window in report["windows"]:
+        assert window["kept"] == (window["loss_after"] < window["loss_before"])
+        assert 0 <= window["flipped"] <= window["codes"]
+        assert window["seconds"] > 0
+        assert window["peak_bytes"] > 0
+
+
+def test_finished_windows_are_taken_up(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a second window leaves the first, and the bytes are those of a whole run."""
+    options = ("--scheme", "w3a16:b32", "--calibration", calls, "--reconstruct", "cbq")
+    steps = ("--steps", 8, "--window", 1, "--reconstruct-preset", "fast")
+    common = ("compile", DIGITS, *options, *steps)
+    assert status(*common, "-o", tmp_path / "whole.onnx") == 0
+    begun: list[None] = []
+
+    def stop_in_the_second(*_: object) -> None:
+        begun.append(None)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruction, "forget_peak", stop_in_the_second)
+    work = ("-o", tmp_path / "again.onnx", "--work-dir", tmp_path / "work")
+    assert status(*common, *work) == 130
+    assert (tmp_path / "work" / "windows").is_dir()
+    assert status(*common, *work) == 0
+    windows = json.loads((tmp_path / "again.report.json").read_text())["windows"]
+    assert len(begun) == len(windows) + 1
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "cbq"])
+def test_the_same_command_gives_the_same_bytes(method: str, calls: Path, tmp_path: Path) -> None:
     made = []
     for run in range(2):
         path = tmp_path / f"{run}.onnx"
-        options = ("--scheme", "w4a16:b32", "--calibration", calls, "--reconstruct", "gptq")
+        options = ("--scheme", "w4a16:b32", "--calibration", calls, "--reconstruct", method)
         assert status("compile", DIGITS, "-o", path, *options) == 0
         made.append(path.read_bytes())
     assert made[0] == made[1]
 
 
-def test_int8_activations_are_quantized_too(calls: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "cbq"])
+def test_int8_activations_are_quantized_too(method: str, calls: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
-    options = ("--scheme", "w8a8", "--calibration", calls, "--reconstruct", "gptq")
+    options = ("--scheme", "w8a8", "--calibration", calls, "--reconstruct", method)
     assert status("compile", DIGITS, "-o", path, *options, "--no-never-slower") == 0
     assert noise_db(path) > 25
 

@@ -76,3 +76,10 @@ def test_a_missing_file_or_broken_model_is_a_target_error(tmp_path: Path) -> Non
 def test_a_missing_custom_op_library_is_a_target_error(tmp_path: Path) -> None:
     with pytest.raises(TargetError):
         open_session(product(), optimize=False, custom_op_libraries=[tmp_path / "none.so"])
+
+
+def test_calls_are_cast_to_the_type_of_the_inputs() -> None:
+    model = build("g (float16[N] x, int64[N] i) => (float16[N] y) { y = Neg(x) }")
+    with open_session(model, optimize=False, threads=1) as session:
+        found = session.fitting({"x": np.array([1], np.float32), "i": np.array([3])})
+    assert [found[name].dtype.name for name in "xi"] == ["float16", "int64"]

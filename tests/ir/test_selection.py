@@ -85,3 +85,13 @@ def test_by_block() -> None:
         expected = [node.name for node in block.nodes]
         assert _chosen(Selector(blocks=(block.index,)), text) == expected
     assert _chosen(Selector(blocks=(7,)), text) == []
+
+
+def test_a_selector_that_means_nothing_names_the_nearest() -> None:
+    model = build(_CHAIN, _WEIGHTS)
+    index = SelectionIndex(model, [])
+    assert [node.name for node in index.nodes(Selector(op_type="Relu"), "here")] == ["act"]
+    with pytest.raises(UsageError, match="name=secnd means no node") as caught:
+        index.nodes(Selector(name="secnd"), "here")
+    assert caught.value.where == "here"
+    assert "second" in str(caught.value.hint)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import UsageError
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe, Rule, Selector, nearest
@@ -67,6 +68,25 @@ def test_bias_correction_is_read_and_written() -> None:
     assert recipe.to_toml() == text
 
 
+def test_a_type_to_compute_in_is_read_and_written() -> None:
+    text = """version = 1
+default = "w4a16:b128"
+compute_type = "float16"
+
+[[float32]]
+op_type = "Softmax"
+block = "0-1"
+"""
+    recipe = Recipe.from_text(text, "r.toml")
+    assert recipe.compute_type is ComputeType.FLOAT16
+    assert recipe.float32 == (Selector(op_type="Softmax", blocks=(0, 1)),)
+    assert recipe.to_toml() == text
+    more = recipe.computing_in(ComputeType.BFLOAT16, ["head*"])
+    assert more.compute_type is ComputeType.BFLOAT16
+    assert more.float32 == (Selector(name="head*"), *recipe.float32)
+    assert Recipe().computing_in(None) == Recipe()
+
+
 def test_toml_text_round_trips_byte_for_byte() -> None:
     assert Recipe.from_text(FULL, "r.toml").to_toml() == FULL
 
@@ -126,7 +146,7 @@ FAULTS = {
     "version = 1\ndefalt = 'w8a16'": "unknown key 'defalt' (did you mean 'default'?)",
     "version = 1\nzzz = 1": (
         "unknown key 'zzz' (known: version, default, weight_range, equalize, correct_bias, "
-        "islands, rule)"
+        "compute_type, islands, rule, float32, gate)"
     ),
     "version = 1\ndefault = 8": "r.toml: 'default' is 8, not a string",
     "version = 1\ndefault = 'w9'": "r.toml: default: 'w9' is not a scheme (forms: ",
@@ -136,6 +156,11 @@ FAULTS = {
     "version = 1\nrule = 3": "r.toml: 'rule' is not a list of tables (write [[rule]])",
     "version = 1\nrule = [3]": "'rule' is not a list of tables",
     "version = 1\n[rule]\nname = 'a'": "'rule' is not a list of tables",
+    "version = 1\ncompute_type = 'int8'": "'compute_type' is 'int8', not 'float16' or 'bfloat16'",
+    "version = 1\ndefault = 'float16'": "float16 is a type for the whole model, not a scheme",
+    "version = 1\n[[float32]]\nname = 'a'": "no type is given that the others get",
+    "version = 1\ncompute_type = 'float16'\n[[float32]]": "float32 1: it selects nothing",
+    "version = 1\ncompute_type = 'float16'\nfloat32 = 'a'": "'float32' is not a list of tables",
     "version = 1\nx =": "r.toml: the recipe is not TOML: Invalid value (at line 2, ",
     "version = 1\nversion = 1": "Cannot overwrite a value (at line 2, ",
     _rule("scheme = 'float'"): "r.toml: rule 2: the rule selects nothing",

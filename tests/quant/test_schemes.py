@@ -55,9 +55,28 @@ def test_schemes_round_trip(text: str) -> None:
     assert text == ("float" if scheme is None else str(scheme))
 
 
-@pytest.mark.parametrize("text", ["", "w4", "W4A16", "w4a16:b33", "w4a16:b8", "w4a8-dynamic", "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "w4",
+        "W4A16",
+        "w4a16:b33",
+        "w4a16:b8",
+        "w4a8-dynamic",
+        "x",
+        "w4a16:tensor",
+        "w8a16:b32:tensor",
+        "w8a8:tensor:b32",
+    ],
+)
 def test_bad_schemes_are_usage_errors_that_help(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_scheme(text)
     assert repr(text) in str(caught.value)
     assert caught.value.hint
+
+
+def test_one_scale_for_a_weight_is_too_coarse_below_8_bits() -> None:
+    with pytest.raises(UsageError, match=r"too coarse below 8 bits \(use w4a16:b128"):
+        parse_scheme("w4a16:tensor")

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qcompiler.engine import engine_warnings
 from qcompiler.report.records import (
+    EngineReport,
     FileFacts,
     NodeReport,
     PassReport,
     Report,
     SkipReport,
     Summary,
+    UnplannedWeight,
 )
 from qcompiler.report.terminal import explanation, print_report, size
 
@@ -104,3 +107,41 @@ def test_latency_is_shown_where_it_was_measured() -> None:
     assert "regions: 2 ops w8a8:sym, 1 ops float" in text
     told = "\n".join(explanation(nodes[0], ()))
     assert "2.000 ms in float, 1.250 ms quantized" in told
+
+
+def test_types_are_told_with_their_reasons() -> None:
+    assert "compute in" not in _printed(_report(3))
+    report = _report(20)
+    nodes = tuple(
+        replace(node, compute_type="float32", type_reason=f"reason {min(index // 2, 8)}")
+        for index, node in enumerate(report.nodes)
+    )
+    summary = replace(report.summary, compute_type="float16", narrow_ops=7, float32_ops=20, casts=3)
+    text = _printed(replace(report, nodes=nodes, summary=summary))
+    assert "7 ops compute in float16, 20 stay in float32; Casts added between them: 3" in text
+    assert "float32: 4 (layer[16], layer[17], layer[18], ...): reason 8" in text
+    assert "float32: 2 more, for other reasons" in text
+    told = "\n".join(explanation(nodes[0], ()))
+    assert "computes in float32, since reason 0" in told
+
+
+def test_an_engine_and_the_weights_in_it() -> None:
+    wide = UnplannedWeight("w", "INT4", "FLOAT16", 512, 2048)
+    lost = UnplannedWeight("v", "INT4", None, 512, None)
+    engine = EngineReport(
+        *("m.engine", 3 << 20, "0", "TensorRT-RTX", "1.7", ("SM86",), 2.5, 40, 2 << 20, 9, 7),
+        (wide, lost),
+        ("slow",),
+    )
+    text = _printed(replace(_report(3), engine=engine))
+    assert "engine m.engine for SM86 by TensorRT-RTX 1.7: 3.0 MiB, constants of the graph" in text
+    assert "7 of 9 weights lie in it as planned" in text
+    assert "w: planned as INT4, found as FLOAT16" in text
+    assert "v: planned as INT4, not found" in text
+    assert "TensorRT-RTX warns: slow" in text
+    (warning,) = engine_warnings(engine)
+    assert "1 weights lie in the engine in a wider type than planned, 1 KiB more: w as" in warning
+    large = replace(engine, bytes=20 << 20, other=(lost,))
+    (warning,) = engine_warnings(large)
+    assert "the engine has 20480 KiB, and constants of the graph take 2048 KiB" in warning
+    assert engine_warnings(None) == ()

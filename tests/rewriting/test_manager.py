@@ -144,3 +144,44 @@ def test_every_intermediate_can_be_dumped(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert names == ["00-rename.onnx", "01-canonicalize.onnx"]
     assert ir.load(tmp_path / "dump" / names[0]).graph[0].name == "renamed"
+
+
+class Retype(Rename):
+    """Lets the model take and return float16; may be told to rename an input as well."""
+
+    name = "retype"
+
+    def __init__(self, *, declared: bool, renamed: bool = False) -> None:
+        self.retypes_signature = declared
+        self._renamed = renamed
+
+    def run(self, model: ir.Model, context: PassContext) -> PassResult:
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+        if self._renamed:
+            model.graph.inputs[0].name = "other"
+        return PassResult((Rewrite("retype", "a"),))
+
+
+def test_only_a_pass_that_says_so_changes_float_types_of_the_signature(tmp_path: Path) -> None:
+    text = "g (float[2] x) => (float[2] y) { [a] y = Neg(x) }"
+    with WeightStore(tmp_path) as store:
+        manager = PassManager(PassContext(store))
+        manager.run(build(text), [Retype(declared=True), Rename()])
+        with pytest.raises(InternalError, match="changed the model's signature"):
+            manager.run(build(text), [Retype(declared=False)])
+        with pytest.raises(InternalError, match="changed the model's signature"):
+            manager.run(build(text), [Retype(declared=True, renamed=True)])
+        with pytest.raises(InternalError, match="changed the model's signature"):
+            manager.run(build(text), [Retype(declared=True), *_back()])
+
+
+def _back() -> list[Pass]:
+    class Widen(Rename):
+        name = "widen"
+
+        def run(self, model: ir.Model, context: PassContext) -> PassResult:
+            model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            return PassResult((Rewrite("widen", "a"),))
+
+    return [Widen()]

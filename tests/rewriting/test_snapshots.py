@@ -16,7 +16,8 @@ from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CompileOptions
 from qcompiler.passes.canonicalize.eliminate_dead import EliminateDead
 from qcompiler.passes.canonicalize.fold_constants import FoldConstants, FoldConstantsOptions
-from qcompiler.pipeline import make_plan, pass_named
+from qcompiler.pipeline import pass_named
+from qcompiler.plan import make_plan
 from qcompiler.quant.scheme import FLOAT
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.manager import PassManager

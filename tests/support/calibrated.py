@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from qcompiler.artefacts import CompileResult
 from qcompiler.calibration.observers import Observer
-from qcompiler.compile import CompileResult, compile_model
+from qcompiler.compile import compile_model
 from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
 from qcompiler.quant.ranges import sqnr_db
 from qcompiler.quant.recipe import Recipe
@@ -80,6 +81,7 @@ def compile_calibrated(
     recipe: Recipe | None = None,
     exclude: tuple[str, ...] = (),
     as_given: bool = False,
+    two_terms_below: float = 3.0,
 ) -> Calibrated:
     """Compile a model with min-max ranges of one call, and run it on that call.
 
@@ -91,9 +93,12 @@ def compile_calibrated(
         exclude: Nodes that stay in float.
         as_given: Whether weights and biases are quantized as they are: neither equalized nor
             corrected.
+        two_terms_below: Activations of typically fewer steps get two terms.
     """
     np.savez(folder / "call.npz", **dict[str, Any](feeds))
-    calibration = CalibrationOptions(str(folder / "call.npz"), observer=Observer.MIN_MAX)
+    calibration = CalibrationOptions(
+        str(folder / "call.npz"), observer=Observer.MIN_MAX, two_terms_below=two_terms_below
+    )
     options = CompileOptions(
         recipe=recipe,
         exclude=exclude,

@@ -18,7 +18,8 @@ from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
 from qcompiler.passes.assign.latency_choice import Variant
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
-from qcompiler.pipeline import make_plan, pass_named
+from qcompiler.pipeline import pass_named
+from qcompiler.plan import make_plan
 from qcompiler.quant.recipe import Recipe
 from qcompiler.quant.scheme import parse_scheme
 from qcompiler.rewriting.base import PassContext, PassResult

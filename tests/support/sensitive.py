@@ -11,7 +11,8 @@ from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.observers import Observer
 from qcompiler.ir.weights import WeightStore
 from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions
-from qcompiler.pipeline import CalibrationData, Plan, make_plan, pipeline
+from qcompiler.pipeline import pipeline
+from qcompiler.plan import CalibrationData, Plan, make_plan
 from qcompiler.rewriting.base import PassContext
 from tests.support.graphs import build, random_array
 
@@ -58,7 +59,9 @@ def calls(count: int, rows: int = 16) -> Samples:
 
 def planned(count: int = 4, **options: object) -> tuple[ir.Model, Plan]:
     """Return the model with schemes, quantizers and ranges, and the plan it was made by."""
-    calibration = CalibrationOptions("random", observer=Observer.MIN_MAX, outlier_channels=0)
+    calibration = CalibrationOptions(
+        "random", observer=Observer.MIN_MAX, outlier_channels=0, two_terms_below=0
+    )
     settings = {
         "scheme": "w8a8",
         "calibration": calibration,

@@ -11,7 +11,8 @@ import pytest
 from qcompiler.execution.kernels import Kernel, inspect_kernels
 from qcompiler.execution.sessions import open_session
 from qcompiler.options import CompileOptions
-from qcompiler.pipeline import make_plan, pass_named
+from qcompiler.pipeline import pass_named
+from qcompiler.plan import make_plan
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.scheme import Activations

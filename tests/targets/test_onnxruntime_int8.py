@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.scheme import parse_scheme
 from qcompiler.targets.onnxruntime_int8 import INT8_ROWS, PLACEMENT
 from tests.support.calibrated import Calibrated, compile_calibrated, run_optimized
 from tests.support.calibrated import conv_weight as cw
@@ -234,6 +235,27 @@ def test_row_runs_as_the_table_says(name: str, tmp_path: Path) -> None:
     (row,) = [row for row in INT8_ROWS if row.rule == node.rule]
     assert kernel in row.kernel
     assert made.worst_db() > 35
+    assert made.kernel_loss_db() > KERNEL_DB
+
+
+@pytest.mark.parametrize("name", ["conv-2d", "conv-grouped", "matmul", "gemm-transposed", "bias"])
+def test_one_scale_per_weight_runs_on_the_same_kernels(name: str, tmp_path: Path) -> None:
+    text, weight, kernel = ROW_CASES.get(name, ROW_CASES["gemm"])
+    weights = {"w": weight}
+    if name == "bias":
+        text, weights["b"] = text.replace("Gemm(x,w)", "Gemm(x,w,b)"), random_array(48)
+    model = build(text, weights)
+    made = compile_calibrated(
+        model,
+        random_feeds(model, 0, {"N": 3}),
+        tmp_path,
+        recipe=Recipe.uniform(parse_scheme("w8a8:tensor")),
+        as_given=True,
+    )
+    assert made.kernel("s") == kernel
+    (node,) = [node for node in made.result.report.nodes if node.name == "s"]
+    assert node.scheme == "w8a8:tensor:sym"
+    assert made.worst_db() > 32
     assert made.kernel_loss_db() > KERNEL_DB
 
 

@@ -14,7 +14,8 @@ from qcompiler.calibration.quality import Reference
 from qcompiler.errors import ParityError, UsageError
 from qcompiler.ir.provenance import PAIR_LIMIT, PLACEMENT, RANGE, REASON, SCHEME
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
-from qcompiler.pipeline import Plan, pass_named, quantizing_passes
+from qcompiler.pipeline import pass_named, quantizing_passes
+from qcompiler.plan import Plan
 from qcompiler.rewriting.base import PassResult
 from tests.support.graphs import node_named, op_types, serialized
 from tests.support.rewrites import run_pass

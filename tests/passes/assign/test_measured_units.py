@@ -94,7 +94,7 @@ def test_equal_plans_are_equal_whatever_the_names(tmp_path: Path) -> None:
     )
     first, second, third = find_units(planned(model, tmp_path, outliers={"t": [3]}))
     assert first.plan() == second.plan() != third.plan()
-    assert [unit.has_outliers for unit in (first, second, third)] == [False, False, True]
+    assert [unit.one_scale_is_coarse for unit in (first, second, third)] == [False, False, True]
 
 
 def test_alternatives_are_those_of_the_target(tmp_path: Path) -> None:

@@ -169,9 +169,40 @@ def test_statistics_of_other_samples_are_an_error(tmp_path: Path) -> None:
 
 def test_statistics_without_a_histogram_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "seen.npz"
-    run_pass(calibrate(statistics=file), marked(), tmp_path)
+    run_pass(calibrate(statistics=file, two_terms_below=0), marked(), tmp_path)
     with pytest.raises(UsageError, match="needs a histogram"):
         run_pass(calibrate(statistics=file, observer=Observer.MSE), marked(), tmp_path)
+
+
+@pytest.mark.parametrize(("power", "terms"), [(1, None), (9, "2")])
+def test_values_of_few_steps_get_two_terms_and_no_outlier_channels(
+    power: int, terms: str | None, tmp_path: Path
+) -> None:
+    calls = [np.maximum(call, 0) ** power for call in CALLS]
+    calls[0][:, 5] *= 100
+    model = marked()
+    run_pass(calibrate(samples(calls), observer=Observer.MSE), model, tmp_path)
+    (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+    assert value.metadata_props.get("qcompiler.terms") == terms
+    assert ("qcompiler.outlier_channels" in value.metadata_props) == (terms is None)
+    if terms:
+        assert range_of(model) == [0.0, float(max(call.max() for call in calls))]
+
+
+def test_two_terms_are_for_products_alone_and_can_be_turned_off(tmp_path: Path) -> None:
+    calls = [np.maximum(call, 0) ** 9 for call in CALLS]
+    off = marked()
+    run_pass(calibrate(samples(calls), two_terms_below=0), off, tmp_path)
+    shared = marked("""g (float[N, 64] x) => (float[N, 8] y, float[N, 64] z) {
+        h = Relu(x)
+        [mm] y = MatMul(h, w)
+        [other] z = Neg(h)
+    }""")
+    node_named(shared, "other").metadata_props["qcompiler.quantized_inputs"] = "[0]"
+    run_pass(calibrate(samples(calls)), shared, tmp_path)
+    for model in (off, shared):
+        (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+        assert "qcompiler.terms" not in value.metadata_props
 
 
 def test_nothing_marked_is_nothing_to_do(tmp_path: Path) -> None:

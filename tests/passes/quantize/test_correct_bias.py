@@ -18,13 +18,8 @@ from qcompiler.passes.lower.decompose_gemm import DecomposeGemm
 from qcompiler.passes.lower.lower_dynamic_quantization import LowerDynamicQuantization
 from qcompiler.passes.quantize.bias_twins import Twins
 from qcompiler.passes.quantize.insert_qdq import InsertQdq
-from qcompiler.pipeline import (
-    CalibrationData,
-    make_plan,
-    pass_named,
-    pipeline,
-    quantizing_passes,
-)
+from qcompiler.pipeline import pass_named, pipeline, quantizing_passes
+from qcompiler.plan import CalibrationData, make_plan
 from qcompiler.rewriting.base import PassContext, PassResult
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
 from tests.support.bias_models import (
@@ -384,7 +379,7 @@ STATIC = "w8a8:sym"
     ("shape", "scheme", "rows", "outliers", "reason"),
     [
         ("b, t", STATIC, ONNXRUNTIME.added_biases, None, "only to matrices and results of fixed"),
-        ("n", STATIC, ONNXRUNTIME.added_biases, "[3]", "the part of it that outlier channels"),
+        ("n", STATIC, ONNXRUNTIME.added_biases, "[3]", "what outlier channels or a second term"),
         ("n", "w4a16:sym", (), None, "ONNX Runtime would not add one in its kernel"),
     ],
     ids=["dynamic-shape", "outliers", "target"],

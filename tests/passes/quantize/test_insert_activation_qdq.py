@@ -199,3 +199,15 @@ def test_a_value_nobody_reads_as_codes_gets_no_pair(tmp_path: Path) -> None:
 
 def test_is_idempotent(tmp_path: Path) -> None:
     assert_idempotent(InsertActivationQdq(), one(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_a_scale_has_the_type_of_its_values(dtype: ir.DataType, tmp_path: Path) -> None:
+    model = one("int8:sym", "[-1.0, 2.0]")
+    value = node_named(model, "r").outputs[0]
+    value.type = ir.TensorType(dtype)
+    run_pass(InsertActivationQdq(), model, tmp_path)
+    scale = model.graph.initializers["h.scale"]
+    assert scale.dtype == dtype
+    assert float(initializer(model, "h.scale")) == float(np.asarray(2 / 127, dtype.numpy()))
+    assert node_named(model, "h.dequantized").outputs[0].dtype == dtype

@@ -15,11 +15,19 @@ from qcompiler.ir.provenance import annotate, facts_of
 from qcompiler.passes.quantize import insert_qdq
 from qcompiler.passes.quantize.insert_qdq import InsertQdq, InsertQdqOptions
 from qcompiler.quant.arithmetic import dequantize
-from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock
+from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
 from qcompiler.quant.scheme import QSpec
-from tests.support.graphs import body_of, build, externalize, node_named, op_types, random_array
+from tests.support.graphs import (
+    body_of,
+    build,
+    externalize,
+    initializer,
+    node_named,
+    op_types,
+    random_array,
+)
 from tests.support.parity import run_model
 from tests.support.rewrites import assert_idempotent, run_pass
 
@@ -46,6 +54,7 @@ def _reference(
     [
         ("w8a16:sym", 8, True, PerAxis(1)),
         ("w8a16:asym", 8, False, PerAxis(1)),
+        ("w8a16:tensor:sym", 8, True, PerTensor()),
         ("w4a16:b32:sym", 4, True, PerBlock(0, 32)),
         ("w4a16:b32:asym", 4, False, PerBlock(0, 32)),
         ("w3a16:b16:asym", 3, False, PerBlock(0, 16)),
@@ -220,3 +229,38 @@ def test_names_that_are_taken_get_a_number(tmp_path: Path) -> None:
     expected = x @ _reference(weights["w"], 8, False, PerAxis(1))
     np.testing.assert_allclose(found["y"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found["z"], x @ weights["v"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pair_limit", [None, 128])
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96)])
+def test_slices_of_a_tensor_share_one_scale(
+    shape: tuple[int, int],
+    pair_limit: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slice of zeros, whose own scale would be 1, does not decide."""
+    weight = random_array(*shape)
+    weight[:, :8] = 0
+    text = f"g (float[N, {shape[0]}] x) => (float[N, {shape[1]}] y) {{ [mm] y = MatMul(x, w) }}"
+
+    def made() -> ir.Model:
+        model = _planned(text, {"w": weight}, mm="w8a16:tensor:sym")
+        if pair_limit is not None:
+            annotate(node_named(model, "mm"), pair_limit=pair_limit)
+        options = InsertQdqOptions(RangeMethod.MIN_MAX)
+        run_pass(InsertQdq(options), model, tmp_path)
+        return model
+
+    whole = made()
+    monkeypatch.setattr(insert_qdq, "COLUMN_SLICE_BYTES", 4096)
+    sliced = made()
+    for part in ("codes", "scale"):
+        np.testing.assert_array_equal(
+            initializer(sliced, f"w.{part}"), initializer(whole, f"w.{part}")
+        )
+    scale = initializer(sliced, "w.scale")
+    assert scale.shape == ()
+    assert scale <= np.abs(weight).max() / (127 if pair_limit is None else 64) * (1 + 1e-6)
+    facts = [facts_of(node_named(model, "mm"))["weight_sqnr_db"] for model in (whole, sliced)]
+    assert facts[0] == facts[1]

@@ -85,7 +85,10 @@ def _output_error(model: ir.Model, calls: list[dict[str, Any]], weights: dict[st
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w8a16:sym", "w4a16:asym", "w4a16:b16:sym", "w3a16:b32:asym", "w2a16:b16:asym", "w2a16:sym"],
+    [
+        *("w8a16:sym", "w8a16:tensor:sym", "w4a16:asym", "w4a16:b16:sym", "w3a16:b32:asym"),
+        *("w2a16:b16:asym", "w2a16:sym"),
+    ],
 )
 def test_the_model_is_nearer_to_float_with_the_same_nodes(scheme: str, tmp_path: Path) -> None:
     schemes = {"up": scheme, "down": scheme}

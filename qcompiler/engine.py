@@ -1,0 +1,253 @@
+"""The engine at the end of a compilation: what is asked for, building it, and looking into it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from qcompiler.calibration.calls import Samples
+from qcompiler.errors import UsageError
+from qcompiler.export.engine_weights import WeightFinding, find_weights
+from qcompiler.export.tensorrt_profiles import ShapeRange, profiles_of
+from qcompiler.export.to_tensorrt import (
+    LIBRARIES,
+    EngineFile,
+    EngineOptions,
+    build_engine,
+    require_library,
+)
+from qcompiler.ir.tensor_output import content_key
+from qcompiler.ir.tensor_sites import tensor_sites
+from qcompiler.options import CompileOptions
+from qcompiler.progress import Progress
+from qcompiler.report.records import EngineReport, FileFacts, UnplannedWeight
+from qcompiler.targets.capability import Target
+from qcompiler.targets.registry import TARGETS
+
+SUFFIXES: Final = (".engine", ".plan")
+"""By these an output is known for an engine."""
+_WITHOUT_WEIGHTS: Final = "STRIP_PLAN"
+_OVERHEAD: Final = 1.1
+"""An engine this much larger than its weights and `_KERNELS` is worth a warning."""
+_KERNELS: Final = 8 << 20
+"""What kernels and plans of an engine may take: MiniLM's has 4.6 MB of them, a CNN's 1.3 MB."""
+_NAMES_SHOWN: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """An engine that is to be built.
+
+    Attributes:
+        path: Where it goes.
+        options: How it is built.
+        title: What messages call the library.
+    """
+
+    path: Path
+    options: EngineOptions
+    title: str
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where its manifest goes."""
+        return self.path.with_name(f"{self.path.name}.manifest.json")
+
+
+def with_named_engine(
+    options: CompileOptions, output: Path | str | None
+) -> tuple[CompileOptions, Path | None]:
+    """Return options that name the engine, and where the model goes, if that was said.
+
+    An output that is an engine by its suffix has the model beside it, under a name that the source
+    of the compilation is unlikely to have: m.engine and m.lowered.onnx.
+
+    Raises:
+        UsageError: Two engines were named.
+    """
+    path = None if output is None else Path(output)
+    if path is None or path.suffix not in SUFFIXES:
+        return options, path
+    if options.engine not in (None, path):
+        message = "two engines were named"
+        raise UsageError(message, where=f"{path} and {options.engine}", hint="give -o model.onnx")
+    return replace(options, engine=path), path.with_suffix(".lowered.onnx")
+
+
+def requested_engine(options: CompileOptions, target: Target) -> EngineRequest | None:
+    """Return the engine that options ask for, None where they ask for none.
+
+    Raises:
+        UsageError: The target builds none, the library is missing, or options speak of an engine
+            that nobody wants.
+    """
+    path = options.engine
+    if path is None:
+        if options.engine_options != EngineOptions():
+            message = "options say how an engine is built, and none is asked for"
+            raise UsageError(message, hint="give --engine model.engine")
+        return None
+    if target.engine is None:
+        able = ", ".join(name for name, each in TARGETS.items() if each.engine)
+        message = f"{target.title} takes ONNX models; it has no engines"
+        raise UsageError(message, where=str(path), hint=f"targets with engines: {able or 'none'}")
+    chosen = _for_processors(replace(options.engine_options, library=target.engine), target)
+    require_library(chosen)
+    return EngineRequest(path, chosen, LIBRARIES[chosen.library].title)
+
+
+def _for_processors(chosen: EngineOptions, target: Target) -> EngineOptions:
+    """Return options for the processors that a target names, where none are asked for.
+
+    Raises:
+        UsageError: Others are asked for than the graph is made for.
+    """
+    named = tuple(one.name for one in target.processors)
+    if not target.tuned or not LIBRARIES[chosen.library].names_processors:
+        return chosen
+    others = [name for name in chosen.capabilities if name not in named]
+    if others:
+        message = f"the engine is for {', '.join(others)}, and the graph for {', '.join(named)}"
+        raise UsageError(message, hint=f"leave --sm out, or the processors of {target.name}")
+    return replace(chosen, capabilities=chosen.capabilities or named)
+
+
+def with_profiles(
+    request: EngineRequest, model: ir.Model, samples: Samples | None
+) -> EngineRequest:
+    """Return a request that says which shapes the engine takes.
+
+    Args:
+        request: The request; its own profiles come first.
+        model: The source model.
+        samples: The calls that other inputs' shapes are taken from, if there are any.
+
+    Raises:
+        UsageError: A profile is for an input that the model does not have, or of another rank.
+    """
+    ranks = {
+        value.name or "": None if value.shape is None else len(value.shape)
+        for value in model.graph.inputs
+    }
+    own = request.options.profile
+    for name, shapes in own.items():
+        if name not in ranks:
+            message = f"the model has no input {name!r}"
+            raise UsageError(message, where="--profile", hint=f"inputs: {', '.join(ranks)}")
+        if ranks[name] not in (None, len(shapes.common)):
+            message = f"input {name} has {ranks[name]} axes, and its profile {len(shapes.common)}"
+            raise UsageError(message, where="--profile")
+    seen: Mapping[str, ShapeRange] = {} if samples is None else profiles_of(samples)
+    return replace(request, options=replace(request.options, profile={**seen, **own}))
+
+
+def build_and_check(
+    request: EngineRequest, graph: Path, model: ir.Model, made: Path, progress: Progress
+) -> EngineReport:
+    """Build an engine and say what lies in it.
+
+    Args:
+        request: How it is built.
+        graph: The lowered model's file.
+        model: The same model.
+        made: Where the engine is written.
+        progress: Shows the library's phases.
+
+    Raises:
+        UsageError: An option does not exist, or a shape is missing.
+        TargetError: The library refuses the model, fails or crashes.
+    """
+    built = build_engine(graph, made, request.options, progress=progress)
+    if _WITHOUT_WEIGHTS in request.options.flags:
+        return _report(request, built, model, None)
+    with progress.task("looking for weights", 1) as advance:
+        findings = find_weights(made, ir.load(graph, format="protobuf"))
+        advance(1)
+    return _report(request, built, model, findings)
+
+
+def _report(
+    request: EngineRequest,
+    built: EngineFile,
+    model: ir.Model,
+    findings: tuple[WeightFinding, ...] | None,
+) -> EngineReport:
+    tensors = {content_key(site.tensor): site.tensor.nbytes for site in tensor_sites(model)}
+    others = [entry for entry in findings or () if entry.wider or not entry.found]
+    return EngineReport(
+        name=request.path.name,
+        bytes=built.size,
+        sha256=_sha256(built.path),
+        library=request.title,
+        version=built.version,
+        capabilities=request.options.capabilities,
+        seconds=round(built.seconds, 3),
+        layers=built.layers,
+        planned_bytes=sum(tensors.values()),
+        weights=None if findings is None else len(findings),
+        as_planned=None if findings is None else len(findings) - len(others),
+        other=tuple(_unplanned(entry) for entry in others),
+        warnings=built.warnings,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unplanned(finding: WeightFinding) -> UnplannedWeight:
+    found = finding.wider
+    return UnplannedWeight(
+        finding.name,
+        finding.planned.name,
+        None if found is None else found.name,
+        finding.planned_bytes,
+        None if found is None else -(-finding.elements * found.bitwidth // 8),
+    )
+
+
+def engine_warnings(engine: EngineReport | None) -> tuple[str, ...]:
+    """Say where an engine is not what was planned."""
+    if engine is None:
+        return ()
+    found: list[str] = []
+    wider = [entry for entry in engine.other if entry.found is not None]
+    if wider:
+        extra = sum((entry.found_bytes or 0) - entry.planned_bytes for entry in wider)
+        shown = ", ".join(f"{entry.name} as {entry.found}" for entry in wider[:_NAMES_SHOWN])
+        more = ", ..." if len(wider) > _NAMES_SHOWN else ""
+        found.append(
+            f"{len(wider)} weights lie in the engine in a wider type than planned, "
+            f"{extra >> 10} KiB more: {shown}{more}"
+        )
+    if engine.weights and engine.bytes > _OVERHEAD * engine.planned_bytes + _KERNELS:
+        lost = sum(1 for entry in engine.other if entry.found is None)
+        found.append(
+            f"the engine has {engine.bytes >> 10} KiB, and constants of the graph take "
+            f"{engine.planned_bytes >> 10} KiB; {lost} weights were not found in it"
+        )
+    return tuple(found)
+
+
+def engine_manifest(request: EngineRequest, engine: EngineReport, graph: FileFacts) -> str:
+    """Return the manifest of an engine as JSON text: what it is made of, and for what."""
+    options = request.options
+    content: dict[str, Any] = {
+        "schema": "qcompiler-engine-manifest",
+        "schema_version": 1,
+        "graph": asdict(graph),
+        "engine": {"name": engine.name, "bytes": engine.bytes, "sha256": engine.sha256},
+        "library": {"name": options.library, "version": engine.version},
+        "capabilities": list(options.capabilities),
+        "profile": {name: shapes.as_lists() for name, shapes in sorted(options.profile.items())},
+        "flags": sorted(options.flags),
+        "pools": dict(sorted(options.pools.items())),
+        "optimization_level": options.optimization_level,
+        "hardware_compatibility": options.hardware_compatibility,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

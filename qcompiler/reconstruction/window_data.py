@@ -1,0 +1,133 @@
+"""What a window reads and should give, call by call or several calls at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.execution.torch.element_types import Array
+
+Fed = dict[str, Tensor | Array]
+Branches = tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some calls.
+
+    Attributes:
+        feeds: What the window reads.
+        targets: What it should give, one tuple of outputs for every branch.
+        keep: Which tokens count, bool `[batch, tokens]`; None where all do.
+        calls: How many calls it holds.
+    """
+
+    feeds: Fed
+    targets: Branches
+    keep: Tensor | None
+    calls: int = 1
+
+
+class WindowData:
+    """Gives batches of calls.
+
+    Calls are joined along their first axis where they have equal shapes and the window gives for
+    all of them together what it gives for each.
+    """
+
+    def __init__(
+        self,
+        feeds: Callable[[int], Fed],
+        targets: Callable[[int], Branches],
+        keep: Callable[[int], Tensor | None],
+        *,
+        joins: bool,
+    ) -> None:
+        """Remember where data comes from.
+
+        Args:
+            feeds: Returns what the window reads in a call.
+            targets: Returns what it should give.
+            keep: Returns which tokens count.
+            joins: Whether calls may be joined.
+        """
+        self._feeds = feeds
+        self._targets = targets
+        self._keep = keep
+        self._joins = joins
+
+    def batches(self, calls: Sequence[int], most: int) -> list[Batch]:
+        """Return calls in their order, up to `most` in a batch."""
+        found: list[Batch] = []
+        pending: list[Batch] = []
+        for call in calls:
+            one = Batch(self._feeds(call), self._targets(call), self._keep(call))
+            fits = self._joins and len(pending) < most
+            if pending and not (fits and _shapes(one) == _shapes(pending[0])):
+                found.append(_joined(pending))
+                pending = []
+            pending.append(one)
+        return [*found, _joined(pending)] if pending else found
+
+
+def can_join(
+    run: Callable[[Fed], Sequence[Tensor]], feeds: Sequence[Fed], tolerance: float = 1e-3
+) -> bool:
+    """Whether a window gives for several calls joined what it gives for each.
+
+    Args:
+        run: The window.
+        feeds: Two calls or more.
+        tolerance: Largest error allowed, as a part of the largest value.
+    """
+    if len({_shapes_of(each) for each in feeds}) > 1:
+        return False
+    if any(not isinstance(v, Tensor) or not v.dim() for each in feeds for v in each.values()):
+        return False
+    with torch.no_grad():
+        single = [run(each) for each in feeds]
+        try:
+            joined = run(_stacked(feeds))
+        except (RuntimeError, ValueError, IndexError):
+            return False
+    for index, found in enumerate(joined):
+        if any(not each[index].dim() for each in single):
+            return False
+        expected = torch.cat([each[index] for each in single])
+        if found.shape != expected.shape:
+            return False
+        largest = expected.abs().max() if expected.numel() else expected.new_zeros(())
+        if not bool((found - expected).abs().max() <= tolerance * largest):
+            return False
+    return True
+
+
+def _stacked(feeds: Sequence[Fed]) -> Fed:
+    first = feeds[0]
+    found: Fed = {}
+    for name in first:
+        parts = [each[name] for each in feeds]
+        found[name] = torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return found
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    branches = zip(*(each.targets for each in batches), strict=True)
+    targets = tuple(
+        tuple(torch.cat(outputs) for outputs in zip(*branch, strict=True)) for branch in branches
+    )
+    masks = [each.keep for each in batches if each.keep is not None]
+    keep = torch.cat(masks) if len(masks) == len(batches) else None
+    return Batch(_stacked([each.feeds for each in batches]), targets, keep, len(batches))
+
+
+def _shapes_of(feeds: Fed) -> tuple[object, ...]:
+    return tuple((name, tuple(value.shape)) for name, value in feeds.items())
+
+
+def _shapes(batch: Batch) -> tuple[object, ...]:
+    targets = tuple(tuple(each.shape) for branch in batch.targets for each in branch)
+    return (_shapes_of(batch.feeds), targets)

@@ -1,0 +1,65 @@
+"""Calls one by one, or several at once."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompiler.reconstruction.window_data import Fed, WindowData, can_join
+
+
+def _data(lengths: Sequence[int], *, joins: bool, masks: bool = False) -> WindowData:
+    def feeds(call: int) -> Fed:
+        return {"x": torch.full((1, lengths[call]), float(call))}
+
+    def targets(call: int) -> tuple[tuple[Tensor, ...], ...]:
+        return ((torch.full((1, lengths[call]), -float(call)),),)
+
+    def keep(call: int) -> Tensor | None:
+        return torch.ones(1, lengths[call], dtype=torch.bool) if masks else None
+
+    return WindowData(feeds, targets, keep, joins=joins)
+
+
+def test_calls_of_equal_shape_are_joined_in_their_order() -> None:
+    batches = _data([4] * 5, joins=True, masks=True).batches([3, 0, 4, 1, 2], 2)
+    assert [batch.calls for batch in batches] == [2, 2, 1]
+    first = batches[0]
+    assert isinstance(first.feeds["x"], Tensor)
+    assert first.feeds["x"][:, 0].tolist() == [3, 0]
+    assert first.targets[0][0][:, 0].tolist() == [-3, 0]
+    assert first.keep is not None
+    assert first.keep.shape == (2, 4)
+
+
+def test_other_shapes_stay_apart() -> None:
+    batches = _data([4, 4, 6, 6, 4], joins=True).batches(range(5), 8)
+    assert [batch.calls for batch in batches] == [2, 2, 1]
+
+
+def test_calls_that_cannot_be_joined_come_one_by_one() -> None:
+    batches = _data([4] * 3, joins=False).batches(range(3), 8)
+    assert [batch.calls for batch in batches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("joins", "window"),
+    [
+        (True, lambda x: x * 2),
+        (True, lambda x: x.softmax(-1)),
+        (False, lambda x: x - x.mean(0)),
+        (False, lambda x: x.reshape(1, -1)),
+        (False, lambda x: x.sum()),
+    ],
+)
+def test_whether_calls_can_be_joined_is_tried(joins: bool, window: object) -> None:
+    assert callable(window)
+
+    def run(feeds: Fed) -> list[Tensor]:
+        return [window(feeds["x"])]
+
+    feeds: list[Fed] = [{"x": torch.randn(1, 6)}, {"x": torch.randn(1, 6)}]
+    assert can_join(run, feeds) == joins
+    assert not can_join(run, [feeds[0], {"x": torch.randn(1, 7)}])
+    assert not can_join(run, [{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}])
