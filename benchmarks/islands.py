@@ -2,13 +2,13 @@
 
     python -m benchmarks.islands                       everything, days without a GPU
     python -m benchmarks.islands --models minilm --schemes w2a16:b64 --extra 0.1,0.35
-    python -m benchmarks.islands --models smollm2_folded --arms gptq,"column tacq" --calls 8 --resume
+    python -m benchmarks.islands --models smollm2_folded --arms gptq,"column tacq" --resume
     python -m benchmarks.islands --latency --models smollm2_folded
 
-Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme alone:
-values, indices and padding of islands, counted. `task` arms are conditioned on BoolQ questions with
-their answers, and scored on others of them; all arms round on the same calls. Each seed takes
-another half of the calls. What calibrates is not scored. Results go to
+Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme
+alone: values, indices and padding of islands, counted. `task` arms are conditioned on BoolQ
+questions with their answers, and scored on others of them; all arms round on the same calls. Each
+seed takes another half of the calls. What calibrates is not scored. Results go to
 benchmarks/results/islands.json, the tables to islands.md.
 """
 

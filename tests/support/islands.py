@@ -33,7 +33,8 @@ TEXT = """g (float[N, 64] x) => (float[N, 10] logits) {
     [down] logits = MatMul(d, w2)
 }"""
 SHAPES = {"w0": (64, 96), "w1": (96, 64), "w2": (64, 10)}
-_WIDTHS = {"up": 96, "act": 96, "middle": 64, "act2": 64, "down": 10}
+WIDTHS = {"up": 96, "act": 96, "middle": 64, "act2": 64, "down": 10}
+"""Output channels of every node."""
 HALF = 32
 """Input channels that the first task uses; the second uses the others."""
 
@@ -63,7 +64,7 @@ def planned(seed: int, scheme: str) -> ir.Model:
         annotate(node_named(model, name), scheme=scheme, rule="r", weight="w", weight_elements=1)
     for node in model.graph:
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[0].shape = ir.Shape(["N", _WIDTHS[node.name or ""]])
+        node.outputs[0].shape = ir.Shape(["N", WIDTHS[node.name or ""]])
     return model
 
 

@@ -23,6 +23,7 @@ from tests.support.graphs import build, initializer, node_named, op_types, rando
 from tests.support.islands import (
     HALF,
     TEXT,
+    WIDTHS,
     Setting,
     calls_of,
     divergence,
@@ -30,7 +31,7 @@ from tests.support.islands import (
     planned,
     weights,
 )
-from tests.support.parity import assert_parity
+from tests.support.parity import assert_parity, run_model
 from tests.support.reconstruction import samples_of
 from tests.support.rewrites import assert_idempotent, reasons, run_pass
 
@@ -292,6 +293,37 @@ def test_a_target_without_sparse_products_names_what_it_has(tmp_path: Path) -> N
 def test_whole_weights_have_no_fraction(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--average-bits"):
         Setting(kind=IslandKind.NODE).fraction(0.1).assigned(tmp_path)
+
+
+@pytest.mark.parametrize("kind", _PARTS)
+def test_16_bit_models_keep_their_type(kind: IslandKind, tmp_path: Path) -> None:
+    text = """g (float16[N, 64] x) => (float16[N, 10] y) {
+        [up] a = MatMul(x, w0) [act] b = Relu(a) [middle] c = MatMul(b, w1)
+        [act2] d = Relu(c) [down] y = MatMul(d, w2) }"""
+    arrays = {name: array.astype(np.float16) for name, array in weights(0).items()}
+    before, after = (build(text, arrays, opset=25) for _ in range(2))
+    for node in after.graph:
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+        node.outputs[0].shape = ir.Shape(["N", WIDTHS[node.name or ""]])
+        if node.op_type == "MatMul":
+            annotate(node, scheme="w2a16:b16:asym", weight="w", weight_elements=1)
+    calls = [{"x": call["x"].astype(np.float16)} for call in calls_of(0, 0)]
+    samples = samples_of(calls)
+    rewrite = _islands_of(after, kind, samples=samples, task=task_of_outputs(samples))
+    assert run_pass(rewrite, after, tmp_path).rewrites
+    stored = [v.dtype for n, v in after.graph.initializers.items() if n.endswith(".island")]
+    assert set(stored) == {ir.DataType.FLOAT16}
+    assert ("Cast" in op_types(after)) == (kind is IslandKind.WEIGHT)
+    assert_parity(before, after, tolerance=1e-2)
+    run_pass(RoundWeights(RoundWeightsOptions(samples, (InsertQdq(),))), after, tmp_path)
+    plain = build(text, arrays, opset=25)
+    for node in plain.graph:
+        if node.op_type == "MatMul":
+            annotate(node, scheme="w2a16:b16:asym")
+    run_pass(RoundWeights(RoundWeightsOptions(samples, (InsertQdq(),))), plain, tmp_path)
+    truth, *found = (run_model(each, calls[0])["y"] for each in (before, after, plain))
+    errors = [np.square(each.astype(np.float64) - truth).sum() for each in found]
+    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("kind", _PARTS)
