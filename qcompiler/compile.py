@@ -61,6 +61,7 @@ from qcompiler.report.build import (
 )
 from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json
+from qcompiler.report.islands import islands_report
 from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
 from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
 from qcompiler.rewriting.base import PassContext, PassRecord
@@ -366,6 +367,7 @@ def _report(
         engine=engine,
         windows=window_reports(records),
         metric=metric_report(model),
+        islands=islands_report(model),
     )
 
 

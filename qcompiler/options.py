@@ -11,6 +11,7 @@ from qcompiler.errors import UsageError
 from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
+from qcompiler.quant.islands import IslandRequest
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
 from qcompiler.quant.reconstruction import BlockReconstruction
@@ -52,6 +53,7 @@ class CalibrationOptions:
             sizes is fewer steps; 0 is never.
         memory_budget: Bytes the process may take while it calibrates.
         statistics: A file that statistics are kept in and reused from.
+        is_task: Whether the source is that of a task (`calibration.task_calls.open_task`).
     """
 
     source: str
@@ -62,6 +64,7 @@ class CalibrationOptions:
     two_terms_below: float = 3.0
     memory_budget: int = 2 << 30
     statistics: Path | None = None
+    is_task: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,21 @@ class EqualizationOptions:
     alpha: float = 0.5
     percentile: float | None = None
     insert_mul: InsertMul = InsertMul.NORMS
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What the model is to be good at.
+
+    Attributes:
+        source: Where its samples are: see `calibration.task_calls.open_task`.
+        samples: How they are read.
+        memory_budget: Bytes the process may take, where there are no other samples.
+    """
+
+    source: str
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    memory_budget: int = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +121,11 @@ class CompileOptions:
             samples. None takes the recipe's answer.
         reconstruct: How codes of weights are chosen; all but "none" take samples and PyTorch.
         blocks: What "cbq" learns, and how.
+        islands: Which parts of weights keep more bits; None takes the recipe's answer. It takes
+            samples of the task, or calibration samples, on which the outputs of the float model
+            are the task; codes are chosen as by "gptq" unless "cbq" is asked for.
+        task: What the model is to be good at, for islands. Without other samples, its own are what
+            codes are chosen on.
         device: Where PyTorch computes: "cpu", "cuda", "cuda:1".
         min_output_sqnr: Least SQNR of the outputs in dB: the most sensitive ops fall back from w8a8
             to w8a16 until it holds; None asks for none.
@@ -149,6 +172,8 @@ class CompileOptions:
     correct_bias: bool | None = None
     reconstruct: Reconstruction = Reconstruction.NONE
     blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
+    islands: IslandRequest | None = None
+    task: TaskOptions | None = None
     device: str = "cpu"
     min_output_sqnr: float | None = None
     metric: str | None = None
@@ -205,3 +230,23 @@ def _schemes(options: CompileOptions, target: Target) -> Recipe:
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_toml(recipe)
     return recipe.excluding(options.exclude)
+
+
+def with_islands(options: CompileOptions) -> CompileOptions:
+    """Return options with what islands imply: codes by what they do, on samples of the task.
+
+    Raises:
+        UsageError: There are no samples.
+    """
+    if options.reconstruct is Reconstruction.NONE:
+        options = replace(options, reconstruct=Reconstruction.GPTQ)
+    if options.calibration is not None:
+        return options
+    if options.task is None:
+        message = "islands need samples to see what the model depends on"
+        raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")
+    task = options.task
+    calibration = CalibrationOptions(
+        task.source, task.samples, memory_budget=task.memory_budget, is_task=True
+    )
+    return replace(options, calibration=calibration)

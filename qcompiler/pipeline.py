@@ -9,6 +9,7 @@ from qcompiler.options import (
     Reconstruction,
 )
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
+from qcompiler.passes.assign.assign_islands import AssignIslands, AssignIslandsOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions, DropSlowRegionsOptions
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
@@ -134,6 +135,27 @@ def _correct_bias(plan: Plan) -> CorrectBias:
     )
 
 
+def _assign_islands(plan: Plan) -> AssignIslands:
+    request, options, data = plan.recipe.islands, plan.calibration, plan.data
+    if request is None or options is None or data is None or data.task is None:
+        message = "assign-islands needs a budget and samples"
+        hint = "give --islands tacq --average-bits 3.1, and --task FILE or --calibration DATA"
+        raise UsageError(message, where=AssignIslands.name, hint=hint)
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    return AssignIslands(
+        AssignIslandsOptions(
+            request,
+            data.task,
+            samples,
+            tuple(_made(_inserting(plan), plan)),
+            plan.target,
+            plan.weight_range,
+            plan.device,
+            options.memory_budget,
+        )
+    )
+
+
 def _inserting(plan: Plan) -> list[type[Pass]]:
     return [kind for kind in _INSERTING if plan.static or kind not in _STATIC]
 
@@ -229,6 +251,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
     DropSlowRegions: _drop_slow_regions,
     AssignFallbacks: _assign_fallbacks,
+    AssignIslands: _assign_islands,
     CorrectBias: _correct_bias,
     SplitOutlierChannels: lambda plan: SplitOutlierChannels(),
     ExpandResiduals: lambda plan: ExpandResiduals(),
@@ -321,6 +344,8 @@ def pipeline(plan: Plan) -> list[Pass]:
         left_out |= {DropSlowRegions}
     if plan.bound is None:
         left_out |= {AssignFallbacks}
+    if plan.recipe.islands is None:
+        left_out |= {AssignIslands}
     if not plan.quantizing:
         left_out |= {EqualizeChannels, CorrectBias}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]

@@ -10,13 +10,16 @@ from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
+from qcompiler.calibration.task_calls import Task, open_task
 from qcompiler.errors import UsageError
 from qcompiler.options import (
     CalibrationOptions,
     CompileOptions,
     EqualizationOptions,
     Reconstruction,
+    TaskOptions,
     requested_recipe,
+    with_islands,
 )
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
@@ -38,10 +41,12 @@ class CalibrationData:
     Attributes:
         samples: The calls to run the model on.
         model_fingerprint: Returns the fingerprint of the source model.
+        task: What the model is to be good at, None where nobody asks.
     """
 
     samples: Samples
     model_fingerprint: Callable[[], str]
+    task: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class Plan:
         correct_bias: Whether mean errors are taken out of biases.
         reconstruct: How codes of weights are chosen.
         blocks: What is learned of blocks.
+        task: What the model is to be good at, for islands; None is what it returns in float.
         windows: Folder of finished windows of blocks, or None.
         device: Where PyTorch computes.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
@@ -84,6 +90,7 @@ class Plan:
     correct_bias: bool = False
     reconstruct: Reconstruction = Reconstruction.NONE
     blocks: BlockReconstruction = field(default_factory=BlockReconstruction)
+    task: TaskOptions | None = None
     windows: Path | None = None
     device: str = "cpu"
     custom_op_libraries: tuple[Path, ...] = ()
@@ -111,7 +118,9 @@ def make_plan(options: CompileOptions) -> Plan:
     target = find_target(options.target)
     recipe = requested_recipe(options, target)
     gate = _gate(options, recipe)
-    recipe = replace(recipe, gate=None)
+    recipe = replace(recipe, gate=None, islands=options.islands or recipe.islands)
+    if recipe.islands is not None:
+        options = with_islands(options)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
@@ -150,6 +159,7 @@ def make_plan(options: CompileOptions) -> Plan:
         correct_bias,
         options.reconstruct,
         options.blocks,
+        options.task,
         None if options.work_dir is None else windows_in(options.work_dir),
         options.device,
         options.custom_op_libraries,
@@ -202,8 +212,15 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
     """
     if plan.calibration is None:
         return plan
-    samples = open_samples(plan.calibration.source, model, plan.calibration.samples)
-    return replace(plan, data=CalibrationData(samples, model_fingerprint))
+    options, task = plan.calibration, None
+    samples = None if options.is_task else open_samples(options.source, model, options.samples)
+    if plan.recipe.islands is not None:
+        source = None if plan.task is None else plan.task.source
+        task = open_task(source, model, (plan.task or options).samples, samples)
+    if samples is None:
+        assert task is not None
+        samples = task.samples()
+    return replace(plan, data=CalibrationData(samples, model_fingerprint, task))
 
 
 def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:

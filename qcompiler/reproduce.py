@@ -62,6 +62,10 @@ def reproduce(
     """
     wanted = read_manifest(manifest)
     _require_same("model", str(source), fingerprint(source), wanted.input.sha256)
+    if wanted.settings.get("task") is not None:
+        message = "the compilation was made for a task, whose samples no manifest names"
+        hint = "compile again with --task and compare the hashes"
+        raise UsageError(message, where=str(manifest), hint=hint)
     calibrated = wanted.settings.get("calibration")
     if calibrated is not None and calibration is None:
         message = "the compilation was calibrated, and no samples were given"

@@ -14,7 +14,7 @@ from qcompiler.options import (
     Reconstruction,
 )
 from qcompiler.pipeline import pipeline
-from qcompiler.plan import Plan
+from qcompiler.plan import CalibrationData, Plan
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
@@ -58,6 +58,7 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
         "correct_bias": plan.correct_bias,
         "cast_io": plan.cast_io,
         "reconstruct": plan.reconstruct.value,
+        "task": None if plan.task is None or plan.data is None else _task_of(plan.data),
         "blocks": asdict(plan.blocks) if plan.reconstruct is Reconstruction.CBQ else None,
         "never_slower": plan.never_slower,
         "measurements": plan.measurements is not None,
@@ -65,6 +66,11 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
         **{name: getattr(options, name) for name in _PLAIN},
         "calibration": _calibration_settings(plan),
     }
+
+
+def _task_of(data: CalibrationData) -> str | None:
+    """Return the SHA-256 of all inputs and labels of the task's samples, hex."""
+    return None if data.task is None else data.task.fingerprint()
 
 
 def _calibration_settings(plan: Plan) -> dict[str, Any] | None:

@@ -7,9 +7,10 @@ import pytest
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
-from qcompiler.pipeline import PASSES, pipeline
+from qcompiler.pipeline import PASSES, pass_named, pipeline
 from qcompiler.plan import make_plan, with_data
 from qcompiler.quant.compute_type import ComputeType
+from qcompiler.quant.islands import IslandBudget, IslandRequest, Saliency
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.targets.registry import TARGETS
@@ -123,3 +124,21 @@ def test_nothing_is_equalized_for_float_weights() -> None:
     found = [rewrite.name for rewrite in pipeline(plan)]
     assert not {"equalize-channels", "correct-bias"} & set(found)
     assert "cast-types" in found
+
+
+def test_islands_come_before_rounding_and_imply_it() -> None:
+    request = IslandRequest(Saliency.TACQ, IslandBudget(fraction=0.01))
+    options = CompileOptions(scheme="w4a16", calibration="random", islands=request)
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    plan = with_data(make_plan(options), model, lambda: "")
+    found = [rewrite.name for rewrite in pipeline(plan)]
+    assert found.index("assign-islands") < found.index("round-weights")
+    assert "insert-qdq" not in found
+    assert plan.data is not None
+    assert plan.data.task is not None
+    assert "outputs of the float model" in plan.data.task.origin
+    assert "assign-islands" not in names(CompileOptions())
+    with pytest.raises(UsageError, match="islands need samples"):
+        make_plan(CompileOptions(islands=request))
+    with pytest.raises(UsageError, match="assign-islands needs a budget and samples"):
+        pass_named("assign-islands", make_plan(CompileOptions()))

@@ -76,7 +76,7 @@ def token_windows(
     Raises:
         ValueError: There is not that much text.
     """
-    tokenizer = checkpoint.load_tokenizer(_checkpoint_path(cache_dir))
+    tokenizer = checkpoint.load_tokenizer(checkpoint_path(cache_dir))
     needed = count * length
     text = "\n".join(passages(cache_dir)[first_passage:])[: needed * _CHARACTERS_PER_TOKEN]
     ids = tokenizer.encode(text).ids
@@ -98,7 +98,8 @@ def _cross_entropy(logits: Array, targets: Array) -> float:
     return float((normalizer - picked).mean())
 
 
-def _checkpoint_path(cache_dir: Path | None) -> Path:
+def checkpoint_path(cache_dir: Path | None) -> Path:
+    """Return the file that the package ships, weights and tokenizer."""
     return package_file(SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf", cache_dir)
 
 
@@ -109,7 +110,7 @@ def module(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    weights = checkpoint.load_weights(_checkpoint_path(cache_dir))
+    weights = checkpoint.load_weights(checkpoint_path(cache_dir))
     if variant == "folded":
         weights = checkpoint.fold(weights)
     config = LlamaConfig(**checkpoint.load_config(), attn_implementation=attention)

@@ -5,7 +5,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from qcompiler.ir.dataflow import all_nodes, inputs_with_captures, int_attribute, is_op
+from qcompiler.ir.dataflow import all_nodes, constant_of, inputs_with_captures, int_attribute, is_op
 from qcompiler.ir.float_types import (
     SENSITIVE,
     is_control_flow,
@@ -66,6 +66,8 @@ def force_by_op(graph: TypedGraph, forced: Forced) -> None:
             forced.add(term, SENSITIVE[node.op_type])
         elif is_op(node, "Mul") and node.inputs[0] is node.inputs[1]:
             forced.add(term, "it squares, which leaves the range of 16 bits for moderate data")
+        elif _is_adding_scatter(node):
+            forced.add(term, "it adds what it scatters, which runtimes do in float32 only")
         elif _is_marked_island(node):
             forced.add(term, "the source model casts it to float32")
         elif (length := _softmax_length(node)) > _LONG_SOFTMAX:
@@ -88,7 +90,19 @@ def _softmax_length(node: ir.Node) -> int:
 def _is_marked_island(node: ir.Node) -> bool:
     source = node.inputs[0] if node.inputs else None
     wide = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    return is_op(node, "Cast") and source is not None and source.dtype in wide
+    # A constant that is stored in 16 bits is widened for its readers' sake, not for its own.
+    return (
+        is_op(node, "Cast")
+        and source is not None
+        and source.dtype in wide
+        and constant_of(source) is None
+    )
+
+
+def _is_adding_scatter(node: ir.Node) -> bool:
+    reduction = node.attributes.get("reduction")
+    added = reduction is not None and reduction.as_string() != "none"
+    return added and is_op(node, "ScatterND", "ScatterElements")
 
 
 def _exact_numbers(model: ir.Model) -> Iterator[tuple[ir.Value, str]]:

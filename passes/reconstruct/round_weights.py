@@ -58,8 +58,10 @@ class RoundWeights(Pass):
     error that each leaves in the op's output (GPTQ, Frantar et al. 2022, arXiv 2210.17323). The
     data is that of blocks before and of ops of the same block as they were rounded. A weight that
     several ops read is rounded for all of them when the first one's turn comes; where they lie in
-    other blocks, their data is that of the codes before. One block's weights are in memory at
-    once. A model without float weights that are planned is left alone.
+    other blocks, their data is that of the codes before. Elements that islands hold
+    (`assign-islands`) have no part in the choice of scales, but take up errors of others: they get
+    other values, too. One block's weights are in memory at once. A model without float weights
+    that are planned is left alone.
 
     Raises (from `run`):
         ModelError: What an op multiplies holds NaN or infinity on a sample.
@@ -82,6 +84,7 @@ class RoundWeights(Pass):
     def run(self, model: ir.Model, context: PassContext) -> PassResult:
         """Insert, round block by block, and check that only initializers changed."""
         from qcompiler.reconstruction.block_stream import open_device
+        from qcompiler.reconstruction.kept_islands import open_islands
         from qcompiler.reconstruction.rounding import RoundingRun, round_model
         from qcompiler.reconstruction.rounding_records import records_of
         from qcompiler.reconstruction.starting_point import edges, quantize_to_start
@@ -103,7 +106,16 @@ class RoundWeights(Pass):
             options.true_sequential,
             options.padding_mask,
         )
-        outcomes = round_model(start, options.samples, run, context.store, context.progress)
+        islands = open_islands(start, context.store)
+        outcomes = round_model(
+            start,
+            options.samples,
+            run,
+            context.store,
+            context.progress,
+            islands.masks,
+            islands.keepers,
+        )
         if edges(model) != before:
             message = "rounding changed more than the contents of initializers"
             raise InternalError(message, where=self.label)

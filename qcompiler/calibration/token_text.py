@@ -37,8 +37,8 @@ def open_texts(path: Path, signature: Signature, options: SampleOptions) -> Samp
             few, or the model takes inputs that texts cannot fill.
     """
     layout = read_layout(signature)
-    tokenizer = _load_tokenizer(options.tokenizer)
-    pad_id = _pad_id(tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
+    pad_id = padding_id(tokenizer)
     fixed = layout.batch if isinstance(layout.batch, int) else None
     batch = options.batch_size or fixed or 1
     if fixed not in (None, batch):
@@ -73,7 +73,12 @@ def _too_few(path: Path, unit: str, count: int, batch: int) -> UsageError:
     return UsageError(message, where=str(path), hint="give more text, or a smaller sequence_length")
 
 
-def _load_tokenizer(path: Path | None) -> Any:
+def load_tokenizer(path: Path | None) -> Any:
+    """Return the `tokenizers.Tokenizer` of a file.
+
+    Raises:
+        UsageError: There is no file, it is no tokenizer, or the package is missing.
+    """
     if path is None:
         message = "texts need a tokenizer"
         raise UsageError(message, where="text", hint="--tokenizer tokenizer.json")
@@ -91,7 +96,7 @@ def _load_tokenizer(path: Path | None) -> Any:
         raise UsageError(message, where=str(path), hint=hint) from error
 
 
-def _pad_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
     """Return the padding token's id; padding is masked out, so that any token would do."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
@@ -117,7 +122,7 @@ def _texts(
 def _windows(path: Path, tokenizer: Any, length: int, options: SampleOptions) -> list[_Row]:
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    before, after = _special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer)
     content = length - len(before) - len(after)
     if content < 1:
         message = f"{length} leaves no place beside {len(before) + len(after)} special tokens"
@@ -138,7 +143,7 @@ def _windows(path: Path, tokenizer: Any, length: int, options: SampleOptions) ->
     return windows
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer puts before and after a text."""
     inner = tokenizer.encode("a", add_special_tokens=False).ids
     outer = tokenizer.encode("a").ids

@@ -8,6 +8,7 @@ import click
 
 from qcompiler.cli.engine import engine_options, engine_options_of
 from qcompiler.cli.gate_options import gate_options, publish_verdict
+from qcompiler.cli.island_options import island_options, islands_of, task_of
 from qcompiler.cli.options import (
     MODEL,
     blocks_of,
@@ -29,6 +30,7 @@ from qcompiler.cli.options import (
 @calibration_options
 @equalization_options
 @reconstruction_options
+@island_options
 @latency_options
 @engine_options
 @click.option(
@@ -107,11 +109,14 @@ def command(
     )
     gate_samples = samples_of(others)
     seed = others["seed"]
+    task = task_of(others)
     calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
+        islands=islands_of(others),
+        task=task,
         reconstruct=Reconstruction(others.pop("reconstruct")),
         engine_options=engine_options_of(others),
         blocks=blocks_of(others),

@@ -20,6 +20,7 @@ _COMMANDS = {
     "check": ("qcompiler.cli.check", "Hold a compiled model against bounds: a step for CI."),
     "export": ("qcompiler.cli.export", "Write a PyTorch module or checkpoint as ONNX."),
     "sensitivity": ("qcompiler.cli.sensitivity", "Rank ops by what quantizing them costs."),
+    "islands": ("qcompiler.cli.islands", "Show which weights a task depends on."),
     "reproduce": ("qcompiler.cli.reproduce", "Compile again from a manifest, compare bytes."),
     "run-pass": ("qcompiler.cli.run_pass", "Run one pass alone over a model."),
     "doctor": ("qcompiler.cli.doctor", "Show versions, providers, and what is missing."),

@@ -160,6 +160,19 @@ def _scope(node: ir.Node) -> list[str]:
     return [part.strip(" '\"") for part in text.strip("[]").split(",") if part.strip(" '\"")]
 
 
+def place_in_layer(node: ir.Node) -> str:
+    """Return what a node is in its layer, as the exporter's module names say: "mlp.up_proj".
+
+    That is the path behind the last number in it; without module names it is the op type.
+    """
+    modules = [name for name in _scope(node) if "." in name]
+    if not modules:
+        return node.op_type
+    parts = modules[-1].split(".")
+    numbered = [at for at, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbered[-1] + 1 :] if numbered else parts[-1:]) or node.op_type
+
+
 def find_layers(model: ir.Model) -> list[Block]:
     """Cut the main graph into its repeated layers, and what comes before, between and after them.
 

@@ -8,6 +8,11 @@ correct_bias = false          # whether mean errors are taken out of biases; tru
 equalize = "auto"             # or another EqualizationMethod, or "none"; needs samples
 compute_type = "float16"      # or "bfloat16": what floats are cast to; the model's own when absent
 
+[islands]                     # parts of weights that keep more bits; absent keeps none
+saliency = "tacq"             # by what they are chosen
+kind = "column"               # weight, column, block or node
+average_bits = 3.1            # or budget_bytes, or fraction
+
 [[rule]]
 name = "*/lm_head*"           # glob on node names, or "/regex/"; the whole name, case matters
 op_type = "MatMul"            # all selectors that are given must hold
@@ -39,6 +44,7 @@ from qcompiler.bounds import Gate, gate_from_table
 from qcompiler.errors import UsageError
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod
+from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
 from qcompiler.quant.selector import (
@@ -56,8 +62,9 @@ _NONE = "none"
 _Choice = TypeVar("_Choice", bound=StrEnum)
 _RECIPE_KEYS = (
     *("version", "default", "weight_range", "equalize", "correct_bias", "compute_type"),
-    *("rule", "float32", "gate"),
+    *("islands", "rule", "float32", "gate"),
 )
+_ISLAND_KEYS = ("saliency", "kind", "average_bits", "budget_bytes", "fraction", "unit")
 _SELECTOR_KEYS = ("name", "op_type", "block", "between")
 _RULE_KEYS = (*_SELECTOR_KEYS, "scheme", "reason", "origin")
 
@@ -97,6 +104,7 @@ class Recipe:
         compute_type: The 16-bit type that floats are cast to; None leaves those of the model.
         float32: Ops that stay in float32 all the same.
         gate: What the result must keep, or None.
+        islands: Which parts of weights keep more bits, None for none.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -107,6 +115,7 @@ class Recipe:
     compute_type: ComputeType | None = None
     float32: tuple[Selector, ...] = ()
     gate: Gate | None = None
+    islands: IslandRequest | None = None
 
     @classmethod
     def uniform(cls, scheme: QScheme | None, excludes: Sequence[str] = ()) -> "Recipe":
@@ -205,6 +214,7 @@ class Recipe:
                 for number, island in enumerate(islands, start=1)
             ),
             _gate(table, where),
+            _island_request(table, where),
         )
         return _with_type(found, where)
 
@@ -219,6 +229,8 @@ class Recipe:
             lines.append("correct_bias = false")
         if self.compute_type is not None:
             lines.append(f"compute_type = {_quote(self.compute_type.value)}")
+        if self.islands is not None:
+            lines += ["", "[islands]", *_island_lines(self.islands)]
         for number, rule in enumerate(self.rules, start=1):
             lines += ["", "[[rule]]", *_rule_lines(rule)]
             if rule.origin != _numbered(number):
@@ -365,6 +377,48 @@ def _equalize(table: Mapping[str, Any], where: str) -> EqualizationMethod | None
         return None
     found = _choice(table, "equalize", EqualizationMethod, where)
     return EqualizationMethod.AUTO if found is None else found
+
+
+def _island_request(table: Mapping[str, Any], where: str) -> IslandRequest | None:
+    found = table.get("islands")
+    if found is None:
+        return None
+    place = f"{where}: islands"
+    if not isinstance(found, Mapping):
+        message = f"'islands' is {found!r}, not a table"
+        raise UsageError(message, where=where, hint="write [islands] on a line of its own")
+    _check_keys(found, _ISLAND_KEYS, place)
+    numbers = {key: found[key] for key in _ISLAND_KEYS[2:] if key in found}
+    for key, number in numbers.items():
+        whole = key in ("budget_bytes", "unit")
+        if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+            message = f"'{key}' is {number!r}, not a {'whole ' if whole else ''}number"
+            raise UsageError(message, where=place)
+    try:
+        budget = IslandBudget(
+            numbers.get("average_bits"), numbers.get("budget_bytes"), numbers.get("fraction")
+        )
+    except UsageError as error:
+        hint = "give average_bits, budget_bytes or fraction"
+        raise UsageError(error.message, where=place, hint=hint) from error
+    return IslandRequest(
+        _choice(found, "saliency", Saliency, place) or Saliency.TACQ,
+        budget,
+        _choice(found, "kind", IslandKind, place) or IslandKind.COLUMN,
+        numbers.get("unit", 1),
+    )
+
+
+def _island_lines(islands: IslandRequest) -> list[str]:
+    budget = islands.budget
+    numbers = {
+        "average_bits": budget.average_bits,
+        "budget_bytes": budget.nbytes,
+        "fraction": budget.fraction,
+        "unit": islands.unit if islands.unit > 1 else None,
+    }
+    lines = [f"saliency = {_quote(islands.saliency.value)}", f"kind = {_quote(islands.kind.value)}"]
+    return lines + [f"{key} = {value}" for key, value in numbers.items() if value is not None]
 
 
 def _gate(table: Mapping[str, Any], where: str) -> Gate | None:

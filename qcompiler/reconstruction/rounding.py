@@ -1,6 +1,6 @@
 """Rounding the weights of a Q/DQ graph again, block by block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,8 @@ from qcompiler.reconstruction.weight_rounding import (
 )
 
 _Key = tuple[object, ...]
+Keeper = Callable[[Array], None]
+"""Puts what is left of masked elements where the graph adds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def round_model(
     store: WeightStore,
     progress: Progress,
     masks: Mapping[str, Mask] | None = None,
+    keepers: Mapping[str, Keeper] | None = None,
 ) -> list[Outcome]:
     """Give the weights of a Q/DQ graph codes that make up for each other's errors.
 
@@ -98,6 +101,8 @@ def round_model(
         masks: By name of the float weight, elements that stay in float: bool, of its shape. The
             graph then holds codes of 0 there, and the caller has to add what is left
             (`Outcome.kept`); following blocks are computed with it.
+        keepers: By name of a weight with a mask whose graph adds these elements itself: gets what
+            is left of them as soon as that is known.
 
     Returns:
         One outcome for each weight of `start`, in the same order.
@@ -112,7 +117,8 @@ def round_model(
             message = f"a mask of shape {list(mask.shape)} fits no weight of this name"
             raise UsageError(message, where=name)
     with ValueCache(store.directory, run.memory) as cache:
-        return _ModelRounder(start, samples, run, store, cache, masks or {}).run(progress)
+        rounder = _ModelRounder(start, samples, run, store, cache, masks or {}, keepers or {})
+        return rounder.run(progress)
 
 
 class _ModelRounder:
@@ -126,11 +132,13 @@ class _ModelRounder:
         store: WeightStore,
         cache: ValueCache,
         masks: Mapping[str, Mask],
+        keepers: Mapping[str, Keeper],
     ) -> None:
         self._start = start
         self._run = run
         self._store = store
         self._masks = masks
+        self._keepers = keepers
         self._device = open_device(run.device)
         self._home = {node: block.index for block in start.blocks for node in block.nodes}
         self._outcomes: dict[CodedWeight, Outcome] = {}
@@ -223,16 +231,22 @@ class _ModelRounder:
             raise ModelError(
                 message, where=where, hint="look at the samples", reason=error.reason
             ) from error
+        kept = None if mask is None else rounded.values[mask]
+        keeper = self._keepers.get(weight.name)
+        if keeper is not None and kept is not None:
+            keeper(kept)
         self._stand_in(weight, rounded.values)
         if rounded.changed or mask is not None:
             _write(weight, rounded, self._store)
         before = sqnr_db(rounded.signal, rounded.error_before)
         after = sqnr_db(rounded.signal, rounded.error_after)
         reason = "" if rounded.changed else f"no other codes leave more than {before:.1f} dB"
-        kept = None if mask is None else rounded.values[mask]
         return Outcome(weight, reason, before, after, rounded.changed, rounded.damping, kept)
 
     def _stand_in(self, weight: CodedWeight, values: Array) -> None:
+        mask = self._masks.get(weight.name)
+        if mask is not None and weight.name in self._keepers:
+            values = np.where(mask, np.float32(0), values)  # the graph adds them
         tensor = torch.from_numpy(values).to(self._device)
         self._stream.stand_ins.update(dict.fromkeys(weight.dequantized, tensor))
 

@@ -89,7 +89,8 @@ def node_reports(
                 weight=facts.get("weight"),
                 elements=int(facts.get("weight_elements", 0)),
                 bytes_before=before,
-                bytes_after=int(facts.get("weight_bytes_after", before)),
+                bytes_after=int(facts.get("weight_bytes_after", before))
+                + int(facts.get("island_bytes", 0)),
                 sqnr_db=_finite(float(facts.get("weight_sqnr_db", math.inf))),
                 kernel=kernel.name if kernel else missing,
                 integer_kernel=kernel.integer if kernel else None,

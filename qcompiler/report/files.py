@@ -17,6 +17,8 @@ from qcompiler.report.records import (
     ChangeReport,
     EngineReport,
     FileFacts,
+    IslandSite,
+    IslandsReport,
     MetricReport,
     NodeReport,
     OutputCheck,
@@ -80,6 +82,7 @@ def _report(content: dict[str, Any]) -> Report:
             "output_checks": tuple(OutputCheck(**check) for check in content["output_checks"]),
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
+            "islands": _islands(content.get("islands")),
             "engine": _engine(content.get("engine")),
             "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
             "metric": MetricReport(**metric) if (metric := content.get("metric")) else None,
@@ -113,6 +116,13 @@ def _calibration(content: dict[str, Any] | None) -> CalibrationReport | None:
         return None
     outputs = tuple(QualityReport(**entry) for entry in content["outputs"])
     return CalibrationReport(**{**content, "outputs": outputs})
+
+
+def _islands(content: dict[str, Any] | None) -> IslandsReport | None:
+    if content is None:
+        return None
+    sites = tuple(IslandSite(**entry) for entry in content["sites"])
+    return IslandsReport(**{**content, "sites": sites})
 
 
 @dataclass(frozen=True, slots=True)

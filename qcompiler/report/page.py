@@ -23,7 +23,7 @@ from qcompiler.report.files import read_report
 from qcompiler.report.page_charts import chart_data, heat_maps
 from qcompiler.report.records import EngineReport, NodeReport, PassReport, Report
 from qcompiler.report.refusals import Refusal, meaning_of_rule
-from qcompiler.report.terminal import calibration_lines, engine_lines, size
+from qcompiler.report.terminal import calibration_lines, engine_lines, island_lines, size
 
 _COLUMNS: Final = (
     *("#", "node", "op", "scheme", "kernel", "result dB", "alone dB", "weight dB"),
@@ -93,7 +93,7 @@ def report_html(report: Report) -> str:
         sections=_sections(report, data, heat, left),
         growth=data["growth"],
         windows=data["windows"],
-        pareto=data["pareto"],
+        island_lines=list(island_lines(report.islands)),
         heat=heat,
         schemes=sorted({node.scheme for node in report.nodes}),
         columns=_COLUMNS,
@@ -221,7 +221,7 @@ def _sections(
         "float": ("Float", left),
         "channels": ("Ranges", report.channels),
         "windows": ("Reconstruction", data["windows"]),
-        "islands": ("Islands", heat or data["pareto"]),
+        "islands": ("Islands", heat),
         "passes": ("Passes", True),
         "recipe": ("Do it again", True),
     }
@@ -284,6 +284,7 @@ def _command(report: Report) -> str:
     parts += [part for name in settings.get("user_passes", ()) for part in ("--user-pass", name)]
     if settings.get("reconstruct", "none") != "none":
         parts += ["--reconstruct", str(settings["reconstruct"])]
+    parts += ["--task", "TASK"] if settings.get("task") else []
     parts += ["--cast-io"] if settings.get("cast_io") else []
     if report.calibration is not None:
         parts += ["--calibration", "DATA"]

@@ -1,25 +1,41 @@
 """What the charts of the report page are drawn from, as plain JSON values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qcompiler.report.islands import IslandGrid, island_grid
 from qcompiler.report.records import NodeReport, Report, WindowReport
 
 
 @dataclass(frozen=True, slots=True)
-class HeatMap:
-    """Where in a weight something is.
+class Heat:
+    """One cell of a heat map.
 
     Attributes:
-        weight: The weight.
-        most: The largest share of a cell.
-        rows: Shares by row and column of cells, relative to the largest, 0 to 1.
+        value: What it stands for, 0 to 1.
+        shade: The same relative to the largest, 0 to 1.
     """
 
-    weight: str
-    most: float
-    rows: tuple[tuple[float, ...], ...]
+    value: float
+    shade: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeatRow:
+    """One layer of a heat map: its label, and a cell for each column; None where nothing is."""
+
+    label: str
+    cells: tuple[Heat | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """Where in a model something is: layers down, kinds of projection across."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[HeatRow, ...]
 
 
 def chart_data(report: Report) -> dict[str, Any]:
@@ -28,7 +44,6 @@ def chart_data(report: Report) -> dict[str, Any]:
         "growth": _growth(report.nodes),
         "channels": [asdict(profile) for profile in report.channels],
         "windows": _windows(report.windows),
-        "pareto": _pareto(report.islands),
     }
 
 
@@ -71,26 +86,26 @@ def _loss(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _pareto(islands: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    pareto = (islands or {}).get("pareto")
-    if not pareto or not pareto["points"]:
-        return None
-    points = sorted(pareto["points"], key=lambda point: float(point["bits"]))
-    return {
-        "metric": str(pareto["metric"]),
-        "bits": [float(point["bits"]) for point in points],
-        "values": [float(point["value"]) for point in points],
-        "labels": [str(point["label"]) for point in points],
-    }
-
-
 def heat_maps(report: Report) -> tuple[HeatMap, ...]:
-    """Return the heat maps of 16-bit islands, one a weight."""
-    return tuple(_heat_map(entry) for entry in (report.islands or {}).get("weights", ()))
+    """Return where the saliency lies, and where the islands; nothing without islands."""
+    if report.islands is None or not report.islands.sites:
+        return ()
+    grid = island_grid(report.islands)
+    saliency = [[None if cell is None else cell.saliency for cell in row] for row in grid.rows]
+    parts = [[None if cell is None else cell.island_part for cell in row] for row in grid.rows]
+    return (
+        _heat_map(grid, f"{report.islands.saliency} saliency, share of all", saliency),
+        _heat_map(grid, "share of the weight in islands", parts),
+    )
 
 
-def _heat_map(entry: Mapping[str, Any]) -> HeatMap:
-    rows = [[float(share) for share in row] for row in entry["shares"]]
-    most = max((share for row in rows for share in row), default=0.0)
-    scaled = tuple(tuple(share / most if most else 0.0 for share in row) for row in rows)
-    return HeatMap(str(entry["name"]), most, scaled)
+def _heat_map(grid: IslandGrid, title: str, values: Sequence[Sequence[float | None]]) -> HeatMap:
+    most = max(value for row in values for value in row if value is not None)
+    rows = (
+        HeatRow(
+            "outside" if layer < 0 else str(layer),
+            tuple(value if value is None else Heat(value, value / (most or 1.0)) for value in row),
+        )
+        for layer, row in zip(grid.layers, values, strict=True)
+    )
+    return HeatMap(title, grid.projections, tuple(rows))

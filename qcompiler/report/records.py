@@ -239,6 +239,67 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class IslandSite:
+    """What islands hold of one weight that can have some.
+
+    Attributes:
+        name: The node, as the source model calls it.
+        layer: Number of its layer; -1 outside all of them.
+        projection: What it is in its layer.
+        scheme: What the rest of the weight has, or the whole of it.
+        elements: Elements of the weight.
+        saliency: Its part of the saliency of all weights, from 0 to 1.
+        island_elements: Elements in islands.
+        island_saliency: The part of its saliency that lies in them.
+        island_bytes: Bytes of their values and indices.
+    """
+
+    name: str
+    layer: int
+    projection: str
+    scheme: str
+    elements: int
+    saliency: float
+    island_elements: int
+    island_saliency: float
+    island_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class IslandsReport:
+    """Which parts of weights keep more bits, and why.
+
+    Attributes:
+        kind: What islands are made of: weight, column, block or node.
+        saliency: By what they were chosen.
+        budget: What they were allowed to cost, as an option.
+        task: What the model is to be good at.
+        loss: Mean loss of the task where the gradient was taken; None without one.
+        weights: Elements of all planned weights.
+        elements: Elements in islands.
+        average_bits: Bits per element over all planned weights: codes at the bits of their scheme,
+            scales, zero points, values of islands and indices.
+        average_bits_without: The same without islands.
+        share: Part of all saliency that lies in islands.
+        concentration: Part of it that the best weights and input channels hold, by how many.
+        sites: Every weight that can have islands, in graph order.
+    """
+
+    kind: str
+    saliency: str
+    budget: str
+    task: str
+    loss: float | None
+    weights: int
+    elements: int
+    average_bits: float
+    average_bits_without: float
+    share: float
+    concentration: dict[str, float]
+    sites: tuple[IslandSite, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class UnplannedWeight:
     """A weight that does not lie in an engine as the graph holds it.
 
@@ -378,6 +439,6 @@ class Report:
     metric: MetricReport | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     channels: tuple[ChannelProfile, ...] = ()
-    islands: Mapping[str, Any] | None = None
+    islands: IslandsReport | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

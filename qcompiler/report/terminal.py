@@ -11,6 +11,7 @@ from rich.table import Table
 from qcompiler.errors import printable
 from qcompiler.report.records import (
     EngineReport,
+    IslandsReport,
     NodeReport,
     QualityReport,
     Report,
@@ -52,6 +53,8 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
         console.print(escape(line), highlight=False)
     for line in (*calibration_lines(report), *engine_lines(report.engine)):
         console.print(escape(line), highlight=False)
+    for line in island_lines(report.islands):
+        console.print(escape(line), highlight=False)
     for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
@@ -74,6 +77,23 @@ def calibration_lines(report: Report) -> Iterator[str]:
             f"output {output.name}: {_native(output)}, "
             f"{_db(output.emulated_db)} with {how_else}Q/DQ computed in float"
         )
+
+
+def island_lines(islands: IslandsReport | None) -> Iterator[str]:
+    """Yield what islands hold and cost."""
+    if islands is None:
+        return
+    part = islands.elements / islands.weights if islands.weights else 0.0
+    yield (
+        f"{part:.2%} of the weights in {islands.kind} islands hold {islands.share:.1%} of the "
+        f"{islands.saliency} saliency for {islands.task}"
+    )
+    yield (
+        f"{islands.average_bits:.3f} bits per weight with islands and their indices, "
+        f"{islands.average_bits_without:.3f} without"
+    )
+    shares = (f"{name}: {share:.1%}" for name, share in islands.concentration.items())
+    yield f"saliency in the best {', '.join(shares)}"
 
 
 def engine_lines(engine: EngineReport | None) -> Iterator[str]:

@@ -63,4 +63,6 @@ LOWERED_OPS: Final[tuple[LoweredOp, ...]] = (
     LoweredOp(("", "MatMul"), (_COMPUTED, _COMPUTED)),
     LoweredOp(("", "Gather"), (_COMPUTED, ("INT32", "INT64"))),
     LoweredOp(("", "Concat"), (_COMPUTED,)),
+    LoweredOp(("", "Conv"), (_KERNEL_FLOATS, _KERNEL_FLOATS)),
+    LoweredOp(("", "ScatterND"), (("FLOAT",), ("INT64",), ("FLOAT",))),
 )

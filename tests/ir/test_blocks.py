@@ -1,9 +1,10 @@
 """Blocks: cut values by structure."""
 
 import onnx_ir as ir
+import pytest
 
-from qcompiler.ir.blocks import find_blocks, find_layers
-from tests.support.graphs import build, random_array
+from qcompiler.ir.blocks import find_blocks, find_layers, place_in_layer
+from tests.support.graphs import build, node_named, random_array
 
 _RESIDUAL = """g (float[N, 4] x, float[N, 4] mask) => (float[N, 4] y) {
     [embed] h0 = MatMul(x, w0)
@@ -134,3 +135,22 @@ def test_where_nothing_repeats_layers_are_blocks() -> None:
     model = build(*_stack(1))
     assert find_layers(model) == find_blocks(model)
     assert find_layers(build("g (float[N] x) => (float[N] y) { y = Relu(x) }")) == []
+
+
+@pytest.mark.parametrize(
+    ("scopes", "expected"),
+    [
+        ("", "MatMul"),
+        ("['model', 'model.layers.0', 'model.layers.0.mlp.up_proj', 'linear_5']", "mlp.up_proj"),
+        ("['model', 'model.encoder.3', 'linear']", "MatMul"),
+        ("['model', 'model.lm_head', 'linear']", "lm_head"),
+    ],
+)
+def test_the_place_in_a_layer_is_what_modules_say(scopes: str, expected: str) -> None:
+    model = build(
+        "g (float[N, 4] x) => (float[N, 4] y) { [op] y = MatMul(x, w) }", {"w": random_array(4, 4)}
+    )
+    node = node_named(model, "op")
+    if scopes:
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+    assert place_in_layer(node) == expected

@@ -146,7 +146,7 @@ FAULTS = {
     "version = 1\ndefalt = 'w8a16'": "unknown key 'defalt' (did you mean 'default'?)",
     "version = 1\nzzz = 1": (
         "unknown key 'zzz' (known: version, default, weight_range, equalize, correct_bias, "
-        "compute_type, rule, float32, gate)"
+        "compute_type, islands, rule, float32, gate)"
     ),
     "version = 1\ndefault = 8": "r.toml: 'default' is 8, not a string",
     "version = 1\ndefault = 'w9'": "r.toml: default: 'w9' is not a scheme (forms: ",
@@ -173,6 +173,13 @@ FAULTS = {
     _rule("op_type = 1\nscheme = 'float'"): "rule 2: 'op_type' is 1, not a string",
     _rule("block = 3\nscheme = 'float'"): "rule 2: 'block' is 3, not a string",
     _rule("block = '3-1'\nscheme = 'float'"): "'3-1' is not an index or a rising range",
+    "version = 1\nislands = 1": "'islands' is 1, not a table",
+    "version = 1\n[islands]\nkind = 'column'": "islands need one budget above 0",
+    "version = 1\n[islands]\naverage_bits = 3\nfraction = 0.1": "islands need one budget above 0",
+    "version = 1\n[islands]\nbudget_bytes = 1.5": "'budget_bytes' is 1.5, not a whole number",
+    "version = 1\n[islands]\naverage_bits = true": "'average_bits' is True, not a number",
+    "version = 1\n[islands]\nbits = 3": "unknown key 'bits'",
+    "version = 1\n[islands]\nkind = 'row'\nfraction = 0.1": "'kind' is 'row'",
     _rule("block = '1,,2'\nscheme = 'float'"): "'' is not an index or a rising range",
     _rule("block = '-1'\nscheme = 'float'"): "'-1' is not an index",
     _rule("block = '0-999999999'\nscheme = 'float'"): "'0-999999999' is not an index",

@@ -53,6 +53,7 @@ def test_every_part_of_the_report_is_on_the_page() -> None:
         ),
         *("qcompile reproduce first.w8a8.manifest.json first.onnx",),
         *("window 2 (not kept)", "calibrated by mse on 4 calls"),
+        *("50.00 %", "outside", "2.00% of the weights in column islands"),
         *("+1 MatMul", "as first asks", "no kernel for third", "The MIT License"),
     )
     for part in expected:
@@ -103,8 +104,8 @@ def test_a_report_read_back_gives_the_same_page(tmp_path: Path) -> None:
     [
         {"windows": [{"blocks": "w"}]},
         {"windows": 3},
-        {"islands": {"weights": [{"name": "w", "shares": [["x"]]}]}},
-        {"islands": {"pareto": {"points": [{}]}}},
+        {"islands": {"kind": "column", "sites": []}},
+        {"islands": {"sites": [{"name": "w"}]}},
         {"settings": {"user_passes": 3}},
         {"metric": {"name": "m", "source": "high", "compiled": "low"}},
         {"channels": [3]},

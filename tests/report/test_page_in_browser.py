@@ -72,7 +72,7 @@ def test_charts_are_drawn_without_a_word_on_the_console(browser: Any, page_file:
     opened = Opened(browser, page_file)
     assert opened.page.locator(".chart").count() == 4
     assert opened.page.locator(".chart canvas").count() == 4
-    assert opened.page.locator(".heat td").count() == 4
+    assert opened.page.locator(".heat td").count() == 12
     assert opened.said == []
     assert opened.asked == [page_file.as_uri()]
 

@@ -6,6 +6,8 @@ from qcompiler.report.records import (
     ChangeReport,
     EngineReport,
     FileFacts,
+    IslandSite,
+    IslandsReport,
     MetricReport,
     NodeReport,
     PassReport,
@@ -98,14 +100,13 @@ def full_report(*names: str) -> Report:
             WindowReport(names[0], 2.0, 0.5, True, 1000, 40, 3.5, 1 << 20),
             WindowReport("window 2", None, 0.25, False, 1000, 0, 3.5, 1 << 20),
         ),
-        islands={
-            "weights": [{"name": names[0], "shares": [[0.0, 0.01], [0.02, 0.0]]}],
-            "pareto": {
-                "metric": "perplexity",
-                "points": [
-                    {"bits": 3.0, "value": 9.0, "label": names[0]},
-                    {"bits": 2.2, "value": 12.0, "label": "b"},
-                ],
-            },
-        },
+        islands=IslandsReport(
+            *("column", "tacq", "average-bits 3.1", "answers", 1.5, 3000, 60, 3.1, 2.9, 0.4),
+            {"1% of channels": 0.3},
+            (
+                IslandSite(names[0], 0, names[0], "w3a16:b64", 1000, 0.5, 20, 0.2, 40),
+                IslandSite(last, 1, "up", "w3a16:b64", 1000, 0.2, 40, 0.3, 80),
+                IslandSite(last, -1, names[0], "w3a16:b64", 1000, 0.3, 0, 0.0, 0),
+            ),
+        ),
     )

@@ -8,7 +8,7 @@ from qcompiler.execution.sessions import open_session
 from qcompiler.pipeline import PASSES
 from qcompiler.targets.onnxruntime_ops import LOWERED_OPS
 from qcompiler.targets.registry import TARGETS
-from tests.support.graphs import build
+from tests.support.graphs import build, random_array
 
 _FORMS = {form.op[1]: form for form in LOWERED_OPS}
 _INPUT, _SCALE = _FORMS["DequantizeLinear"].inputs[:2]
@@ -49,3 +49,24 @@ def test_lowering_names_passes() -> None:
     for target in TARGETS.values():
         assert set(target.lowering) <= set(PASSES)
         assert len(set(target.lowering)) == len(target.lowering)
+
+
+@pytest.mark.parametrize("dtype", _FORMS["Conv"].inputs[0])
+def test_convolves(dtype: str) -> None:
+    element = ir.DataType[dtype]
+    form = f"{dtype.lower()}[1, 3, 1, 4]"
+    text = f"g ({form} x) => ({dtype.lower()}[1, 2, 1, 4] y) {{ y = Conv(x, w) }}"
+    model = build(text, {"w": constant(element, 2, 3, 1, 1)})
+    with open_session(model, optimize=False, threads=1) as session:
+        assert (session.run({"x": np.ones((1, 3, 1, 4), element.numpy())})["y"] == 3).all()
+
+
+def test_scattered_products_are_added() -> None:
+    added = random_array(2, 4)
+    weights = {"places": np.array([[0], [0]]), "added": added}
+    text = """g (float[2, 4] x) => (float[2, 4] y) {
+        y = ScatterND<reduction="add">(x, places, added) }"""
+    with open_session(build(text, weights), optimize=False, threads=1) as session:
+        found = session.run({"x": np.ones((2, 4), np.float32)})["y"]
+    np.testing.assert_allclose(found[0], 1 + added.sum(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(found[1], 1)

@@ -121,18 +121,6 @@
         axes: [axis("window", counted), axis("loss")],
       }, [numbers(names), positive(before), positive(after)]];
     },
-    pareto() {
-      const { bits, values, labels, metric } = data.pareto;
-      return [{
-        series: [
-          { label: "bits", value: (_, value) => short(value) },
-          line(metric, "--accent", { points: { show: true, size: 8, fill: color("--panel") } }),
-          { label: "point", show: true, paths: () => null, points: { show: false }, value: (_, value, __, index) => labels[index] ?? "" },
-        ],
-        scales: { x: { time: false } },
-        axes: [axis("bits per weight"), axis(metric)],
-      }, [bits, values, values]];
-    },
   };
 
   const drawn = new Map();

@@ -1,0 +1,327 @@
+"""What islands do to models at few bits, by kind, by measure and by task, at equal average bits.
+
+    python -m benchmarks.islands                       everything, days without a GPU
+    python -m benchmarks.islands --models minilm --schemes w2a16:b64 --extra 0.1,0.35
+    python -m benchmarks.islands --models smollm2_folded --arms gptq,"column tacq" --resume
+    python -m benchmarks.islands --latency --models smollm2_folded
+
+Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme
+alone: values, indices and padding of islands, counted. `task` arms are conditioned on BoolQ
+questions with their answers, and scored on others of them; all arms round on the same calls. Each
+seed takes another half of the calls. What calibrates is not scored. Results go to
+benchmarks/results/islands.json, the tables to islands.md.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
+from benchmarks.latency import latency_ratio
+from benchmarks.markdown_table import MISSING, measured_with, table
+from benchmarks.models.smollm2_task import score_answers, write_answers
+from benchmarks.results_file import FOLDER, Results
+from benchmarks.runtime import Feeds, output_sqnr
+from qcompiler import CompileOptions, compile_model
+from qcompiler.calibration.calls import SampleOptions
+from qcompiler.island_map import map_islands
+from qcompiler.options import (
+    CalibrationOptions,
+    EqualizationOptions,
+    Reconstruction,
+    TaskOptions,
+)
+from qcompiler.passes.assign.assign_islands import AssignIslands
+from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
+
+MODELS: Final[Mapping[str, tuple[str, ...]]] = {
+    "smollm2_folded": ("w2a16:b64", "w3a16:b128", "w4a16:b128"),
+    "minilm": ("w2a16:b64", "w3a16:b64", "w4a16:b64"),
+    "cifar_cnn": ("w2a16:b64",),
+}
+SCHEMES: Final = tuple(dict.fromkeys(scheme for some in MODELS.values() for scheme in some))
+WITH_TASK: Final = ("smollm2_folded",)
+_EXAMPLES: Final = 64
+"""Questions that a task is made of; as many others are scored."""
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way to spend bits.
+
+    Attributes:
+        kind: What islands are made of; None has none.
+        saliency: By what they are chosen.
+        task: Whether they are chosen for questions and answers, rather than for the outputs.
+        smaller: By how much blocks are smaller: what uniform quantization does with more bits.
+    """
+
+    kind: IslandKind | None = None
+    saliency: Saliency = Saliency.TACQ
+    task: bool = False
+    smaller: int = 1
+
+
+ARMS: Final[Mapping[str, Arm]] = {
+    "gptq": Arm(),
+    "gptq, half blocks": Arm(smaller=2),
+    "gptq, quarter blocks": Arm(smaller=4),
+    **{f"{kind.value} tacq": Arm(kind) for kind in IslandKind},
+    **{
+        f"weight {measure.value}": Arm(IslandKind.WEIGHT, measure)
+        for measure in Saliency
+        if measure is not Saliency.TACQ
+    },
+    **{f"column {m.value}": Arm(IslandKind.COLUMN, m) for m in (Saliency.QAL, Saliency.RANDOM)},
+    **{f"{kind.value} tacq, task": Arm(kind, task=True) for kind in IslandKind},
+}
+
+
+def options_of(
+    scheme: str, arm: Arm, calls: Path, bits: float, task: Path | None
+) -> CompileOptions:
+    """Return what an arm asks the compiler for."""
+    head, _, block = scheme.partition(":b")
+    scheme = f"{head}:b{int(block) // arm.smaller}" if block else scheme
+    islands = None
+    if arm.kind is not None:
+        islands = IslandRequest(arm.saliency, IslandBudget(average_bits=bits), arm.kind)
+    source = None
+    if arm.task and task is not None:
+        tokenizer = task.with_name("tokenizer.json")
+        source = TaskOptions(str(task), SampleOptions(tokenizer=tokenizer, max_tokens=384))
+    return CompileOptions(
+        scheme=scheme,
+        calibration=CalibrationOptions(str(calls)),
+        equalization=EqualizationOptions(None),
+        reconstruct=Reconstruction.GPTQ,
+        islands=islands,
+        task=source,
+        inspect_kernels=False,
+    )
+
+
+def base_bits(source: Path, scheme: str, calls: Path) -> float:
+    """Return the bits per weight of a scheme alone."""
+    request = IslandRequest(Saliency.RANDOM, IslandBudget(fraction=1e-9))
+    calibration = CalibrationOptions(str(calls))
+    found = map_islands(
+        source,
+        CompileOptions(
+            scheme=scheme,
+            calibration=calibration,
+            islands=request,
+            equalization=EqualizationOptions(None),
+        ),
+    )
+    return found.average_bits_without
+
+
+def measure(
+    source: Path, workload: Int8Workload, options: CompileOptions, limit: int, task: Path | None
+) -> Facts:
+    """Compile one arm and score it."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "compiled.onnx"
+        begin = perf_counter()
+        result = compile_model(source, options, output=output)
+        facts: Facts = {"seconds": perf_counter() - begin}
+        score = workload.task.evaluate(output, limit)
+        facts |= {
+            "score": score[workload.task.metric],
+            "sqnr_db": output_sqnr(source, output, workload.feeds()),
+        }
+        if task is not None:
+            facts |= score_answers(output, _EXAMPLES)
+    report = result.report
+    passes = {record.name: record for record in report.passes}
+    choosing = passes.get(AssignIslands.name)
+    facts |= {
+        "islands_seconds": 0.0 if choosing is None else choosing.seconds,
+        "peak_bytes": report.summary.peak_memory_bytes,
+        "stored_bits": report.summary.average_bits,
+        "bits": report.summary.average_bits,
+    }
+    if report.islands is not None:
+        facts |= {
+            "bits": report.islands.average_bits,
+            "share": report.islands.share,
+            "concentration": report.islands.concentration,
+        }
+    return facts
+
+
+def some_calls(workload: Int8Workload, seed: int, limit: int | None) -> list[Feeds]:
+    """Return half of the calls, another half for every seed."""
+    calls = list(workload.samples())
+    order = np.random.default_rng(seed).permutation(len(calls))
+    return [calls[at] for at in sorted(order[: min(limit or len(calls), max(1, len(calls) // 2))])]
+
+
+def measure_model(name: str, arguments: argparse.Namespace, results: Results) -> None:
+    """Measure all arms of one model that are asked for."""
+    workload = INT8_WORKLOADS[name]
+    limit = workload.task.quick if arguments.quick else workload.task.full
+    source = workload.task.build()
+    record = results.model(name)
+    if not (arguments.resume and record["float"]):
+        record["float"] = {"score": workload.task.evaluate(source, limit)[workload.task.metric]}
+    with tempfile.TemporaryDirectory() as folder:
+        task = write_answers(Path(folder), _EXAMPLES) if name in WITH_TASK else None
+        if task is not None and "margin" not in record["float"]:
+            record["float"] |= score_answers(source, _EXAMPLES)
+        print(f"{name} float: {record['float']}", flush=True)
+        for seed in range(arguments.seeds):
+            calls = Path(folder) / f"calls{seed}"
+            calls.mkdir()
+            write_calls(calls, some_calls(workload, seed, arguments.calls))
+            for scheme in [each for each in MODELS[name] if each in arguments.schemes]:
+                base = base_bits(source, scheme, calls)
+                for label, extra in _cells(arguments):
+                    key = f"{scheme} {label}{f' +{extra:g}' if extra else ''} seed {seed}"
+                    arm = ARMS[label]
+                    if (arm.task and task is None) or (arguments.resume and results.arm(name, key)):
+                        continue
+                    options = options_of(scheme, arm, calls, base + extra, task)
+                    facts = measure(source, workload, options, limit, task)
+                    results.put(name, key, facts)
+                    print(f"{name} {key}: {json.dumps(facts)}", flush=True)
+    results.markdown.write_text(markdown(results.content), encoding="utf-8")
+
+
+def _cells(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """Return arms with the bits they may add; arms without islands have none to choose."""
+    return [
+        (label, extra)
+        for label in arguments.arms
+        for extra in (arguments.extra if ARMS[label].kind is not None else [0.0])
+    ]
+
+
+def measure_latency(name: str, arguments: argparse.Namespace, results: Results) -> None:
+    """Time every kind of island next to uniform 2, 3 and 4 bits and float, one after the other."""
+    workload = INT8_WORKLOADS[name]
+    source = workload.task.build()
+    with tempfile.TemporaryDirectory() as folder:
+        calls = Path(folder) / "calls"
+        calls.mkdir()
+        write_calls(calls, some_calls(workload, 0, 2))
+        block = 64
+        base = base_bits(source, f"w2a16:b{block}", calls)
+        arms = {f"uniform {bits}": (f"w{bits}a16:b{block}", Arm(), 0.0) for bits in (2, 3, 4)}
+        for kind in IslandKind:
+            for extra in arguments.extra:
+                # Where islands lie moves no latency, but for the number of those of a product.
+                arm = Arm(kind, Saliency.MAGNITUDE)
+                arms[f"{kind.value} +{extra:g}"] = (f"w2a16:b{block}", arm, extra)
+        for label, (scheme, arm, extra) in arms.items():
+            output = Path(folder) / "compiled.onnx"
+            options = options_of(scheme, arm, calls, base + extra, None)
+            compile_model(source, options, output=output)
+            facts = {
+                what: latency_ratio(source, output, feeds())
+                for what, feeds in workload.task.latency.items()
+            }
+            results.put(name, f"latency {label}", {"latency": facts})
+            print(f"{name} latency {label}: {json.dumps(facts)}", flush=True)
+    results.markdown.write_text(markdown(results.content), encoding="utf-8")
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return all tables: one per model and scheme, arms down; medians over seeds."""
+    parts = measured_with(content)
+    for name, record in content["models"].items():
+        metric = INT8_WORKLOADS[name].task.metric
+        for scheme in MODELS[name]:
+            rows = _rows(record["arms"], f"{scheme} ")
+            if rows:
+                truth = ", ".join(f"{key} {value:.3f}" for key, value in record["float"].items())
+                parts += ["", f"### {name}, {scheme}: {metric} (float: {truth})", "", *table(rows)]
+        timed = {k: v["latency"] for k, v in record["arms"].items() if k.startswith("latency ")}
+        if timed:
+            parts += ["", f"### {name}: time of a run, float is 1", ""]
+            parts += table(
+                {
+                    label.removeprefix("latency "): {
+                        k: f"{v['ratio']:.2f}" for k, v in each.items()
+                    }
+                    for label, each in timed.items()
+                }
+            )
+    return "\n".join(parts) + "\n"
+
+
+def _rows(arms: Mapping[str, Facts], prefix: str) -> dict[str, dict[str, str]]:
+    groups: dict[str, list[Facts]] = {}
+    for key, facts in arms.items():
+        if key.startswith(prefix):
+            label = key.removeprefix(prefix).rpartition(" seed ")[0]
+            groups.setdefault(label, []).append(facts)
+    columns = ("bits", "stored_bits", "score", "sqnr_db", "accuracy", "margin", "share", "seconds")
+    return {
+        label: {column: _middle(found, column) for column in columns}
+        for label, found in groups.items()
+    }
+
+
+def _middle(found: Sequence[Facts], column: str) -> str:
+    numbers = [facts[column] for facts in found if column in facts]
+    return f"{median(numbers):.3f}" if numbers else MISSING
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("--models", type=_list_of(MODELS), default=list(MODELS))
+    parser.add_argument("--schemes", type=_list_of(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--arms", type=_list_of(ARMS), default=list(ARMS))
+    parser.add_argument("--extra", type=_numbers, default=[0.1, 0.35], help="Bits per weight.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--calls", type=int, help="To round on, at most; else half of all.")
+    parser.add_argument("--latency", action="store_true", help="Time kinds of islands instead.")
+    parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
+    parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
+    chosen = parser.parse_args(arguments)
+    results = Results([Path(sys.argv[0]).name, *sys.argv[1:]], chosen.folder, "islands")
+    for name in chosen.models:
+        (measure_latency if chosen.latency else measure_model)(name, chosen, results)
+
+
+_Raw = argparse.RawDescriptionHelpFormatter
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _list_of(known: Sequence[str] | Mapping[str, object]) -> Any:
+    def parse(text: str) -> list[str]:
+        # Names of arms hold commas: the longest that begins the rest is meant.
+        rest, names = text, []
+        while rest:
+            fits = [n for n in known if rest == n or rest.startswith(f"{n},")]
+            if not fits:
+                message = f"unknown: {rest}; known: {'; '.join(known)}"
+                raise argparse.ArgumentTypeError(message)
+            name = max(fits, key=len)
+            names.append(name)
+            rest = rest[len(name) + 1 :]
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()
