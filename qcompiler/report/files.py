@@ -23,6 +23,7 @@ from qcompiler.report.records import (
     SkipReport,
     Summary,
     UnplannedWeight,
+    WindowReport,
 )
 
 _MANIFEST: Final = "qcompiler-manifest"
@@ -80,6 +81,7 @@ def _report(content: dict[str, Any]) -> Report:
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "engine": _engine(content.get("engine")),
+            "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
         }
     )
 

@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-from qcompiler import pipeline
+from qcompiler import plan
 from qcompiler.targets.capability import Target
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
 
@@ -22,5 +22,5 @@ ENGINE_TARGET: Final = replace(
 @pytest.fixture
 def engine_target(monkeypatch: pytest.MonkeyPatch) -> Target:
     """The target, under any name that is asked for."""
-    monkeypatch.setattr(pipeline, "find_target", lambda name: ENGINE_TARGET)
+    monkeypatch.setattr(plan, "find_target", lambda name: ENGINE_TARGET)
     return ENGINE_TARGET
