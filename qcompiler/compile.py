@@ -19,8 +19,8 @@ from qcompiler.calibration.samples import load_feeds, synthetic_feeds
 from qcompiler.engine import (
     EngineRequest,
     build_and_check,
-    engine_manifest,
     engine_warnings,
+    publish_engine,
     requested_engine,
     with_named_engine,
     with_profiles,
@@ -30,6 +30,7 @@ from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.execution.narrow_floats import has_bfloat16
 from qcompiler.export.checked_file import refuse_unwritable
+from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.ir.dataflow import all_nodes, standard_opset
 from qcompiler.ir.fingerprint import BackgroundFingerprint, fingerprint
 from qcompiler.ir.load import load_model
@@ -79,6 +80,8 @@ class CompileResult:
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
         engine_path: The engine, None where none was asked for; its manifest lies beside it.
+        engine_options: How an engine is built from the model, with the shapes of its inputs; None
+            where none was asked for.
     """
 
     path: Path
@@ -87,6 +90,7 @@ class CompileResult:
     manifest_path: Path
     report: Report
     engine_path: Path | None = None
+    engine_options: EngineOptions | None = None
 
     def model(self) -> ir.Model:
         """Load the compiled model, lazily."""
@@ -170,7 +174,7 @@ def compile_model(
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
         built = None
-        if engine is not None:
+        if engine is not None and not engine.elsewhere:
             made = engine_workspace / "out" / engine.path.name
             built = build_and_check(engine, saved.path, model, made, progress)
         nodes = node_reports(model, inspection.kernels if inspection else None)
@@ -189,9 +193,13 @@ def compile_model(
             started,
         )
         result = _publish(saved, target_path, report, settings_of(plan, options))
-        if engine is None or built is None:
+        if engine is None:
             return result
-        return replace(result, engine_path=_publish_engine(engine, engine_workspace, report))
+        result = replace(result, engine_options=engine.options)
+        if built is None:
+            return result
+        made = engine_workspace / "out" / engine.path.name
+        return replace(result, engine_path=publish_engine(engine, made, built, report.output))
 
 
 def _rewritten(
@@ -218,6 +226,9 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
     if not isinstance(source, ir.Model) and path.exists() and path.samefile(Path(source)):
         message = "the output would overwrite the model it is made from"
         raise UsageError(message, where=str(path), hint="choose another -o")
+    if path.suffix == ".qbundle":
+        message = "a bundle is a folder, and no model"
+        raise UsageError(message, where=str(path), hint="call qcompiler.bundle.compile_bundle")
     if path.exists() and not path.is_file():
         message = "is a folder" if path.is_dir() else "is no regular file"
         raise UsageError(message, where=str(path), hint="name a file ending in .onnx")
@@ -249,27 +260,12 @@ def _workspace(output: Path) -> Iterator[Path]:
 @contextmanager
 def _engine_workspace(engine: EngineRequest | None) -> Iterator[Path]:
     """Make a folder for an engine beside where it goes; no folder where there is none."""
-    if engine is None:
+    if engine is None or engine.elsewhere:
         yield Path()
         return
     refuse_unwritable(engine.path)
     with _workspace(engine.path) as folder:
         yield folder
-
-
-def _publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Path:
-    """Write the manifest of an engine, and rename both into place."""
-    made = workspace / "out" / engine.path.name
-    manifest = made.with_name(engine.manifest_path.name)
-    assert report.engine is not None
-    try:
-        manifest.write_text(engine_manifest(engine, report.engine, report.output), encoding="utf-8")
-        manifest.replace(engine.manifest_path)
-        made.replace(engine.path)
-    except OSError as error:
-        message = f"cannot write the engine: {error.strerror}"
-        raise UsageError(message, where=str(engine.path)) from error
-    return engine.path
 
 
 def _source_file(

@@ -21,7 +21,12 @@ from qcompiler.cli.options import (
 
 @click.command("compile")
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
+@click.option(
+    "-o",
+    "--output",
+    type=MODEL,
+    help="Where the model goes; NAME.qbundle is a folder for a device.  [default: beside MODEL]",
+)
 @plan_options
 @calibration_options
 @equalization_options
@@ -81,8 +86,10 @@ def command(
     **others: Any,
 ) -> None:
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
+    from qcompiler.bundle import compile_bundle, is_bundle_name
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
+    from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
@@ -103,12 +110,19 @@ def command(
         custom_op_libraries=custom_ops,
         **others,
     )
+    no_script: str | None = None
     with terminal_progress() as progress:
-        result = compile_model(model, options, output=output, progress=progress)
+        if output is not None and is_bundle_name(output):
+            bundle = compile_bundle(model, options, output, progress=progress)
+            result, no_script = bundle.model, bundle.no_script
+        else:
+            result = compile_model(model, options, output=output, progress=progress)
     if report == "json":
         click.echo(report_json(result.report), nl=False)
         return
     print_report(result.report, result.path)
+    if no_script is not None:
+        click.echo(printable(f"no build.sh: {no_script}; use `qcompile build {output}`"))
     if options.scheme is None and options.recipe is None and calibration is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "

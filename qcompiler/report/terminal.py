@@ -52,7 +52,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
     console.print(_node_table(report.nodes))
     for line in _totals(report):
         console.print(escape(line), highlight=False)
-    for line in (*_calibration(report.calibration), *_engine(report.engine)):
+    for line in (*_calibration(report.calibration), *engine_lines(report.engine)):
         console.print(escape(line), highlight=False)
     for line in (*_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
@@ -75,7 +75,8 @@ def _calibration(calibration: CalibrationReport | None) -> Iterator[str]:
         )
 
 
-def _engine(engine: EngineReport | None) -> Iterator[str]:
+def engine_lines(engine: EngineReport | None) -> Iterator[str]:
+    """Say what an engine is and what lies in it, one line a thing."""
     if engine is None:
         return
     where = f" for {', '.join(engine.capabilities)}" if engine.capabilities else ""
