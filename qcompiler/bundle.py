@@ -11,6 +11,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from qcompiler.back_off import compile_backing_off
 from qcompiler.bundle_files import (
     LIST,
     MODEL,
@@ -87,6 +88,7 @@ def compile_bundle(
     options: CompileOptions,
     output: Path | str,
     *,
+    back_off: bool = False,
     progress: Progress | None = None,
 ) -> BundleResult:
     """Compile a model into a folder from which a device builds its engine.
@@ -98,6 +100,7 @@ def compile_bundle(
         source: Path of an ONNX model, or a model in memory.
         options: What to do, for a target that has engines.
         output: The folder; an older bundle of that name is replaced at the end.
+        back_off: Whether ops are left in float where the engine cannot be built otherwise.
         progress: Where long work shows how far it is.
 
     Raises:
@@ -118,7 +121,8 @@ def compile_bundle(
             engine_elsewhere=True,
         )
         try:
-            result = compile_model(source, inside, output=made / MODEL, progress=progress)
+            compiled = compile_backing_off if back_off else compile_model
+            result = compiled(source, inside, output=made / MODEL, progress=progress)
         except InternalError:
             _keep_reproducers(made, folder.absolute().parent)
             raise

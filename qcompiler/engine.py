@@ -10,7 +10,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError, UsageError
 from qcompiler.export.engine_weights import WeightFinding, find_weights
 from qcompiler.export.tensorrt_profiles import ShapeRange, profiles_of
 from qcompiler.export.to_tensorrt import (
@@ -20,10 +20,13 @@ from qcompiler.export.to_tensorrt import (
     build_engine,
     require_library,
 )
+from qcompiler.ir.dataflow import all_nodes
+from qcompiler.ir.provenance import SCHEME, origins_of
 from qcompiler.ir.tensor_output import content_key
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.options import CompileOptions
 from qcompiler.progress import Progress
+from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.records import EngineReport, FileFacts, UnplannedWeight
 from qcompiler.targets.capability import Target
 from qcompiler.targets.registry import TARGETS
@@ -36,6 +39,18 @@ _OVERHEAD: Final = 1.1
 _KERNELS: Final = 8 << 20
 """What kernels and plans of an engine may take: MiniLM's has 4.6 MB of them, a CNN's 1.3 MB."""
 _NAMES_SHOWN: Final = 3
+
+
+class EngineBuildError(TargetError):
+    """The library refused a model, failed or crashed.
+
+    Attributes:
+        sites: The quantized ops with weights, as the source model calls them.
+    """
+
+    def __init__(self, cause: TargetError, sites: tuple[str, ...]) -> None:
+        super().__init__(cause.message, where=cause.where, hint=cause.hint)
+        self.sites = sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +194,27 @@ def build_and_check(
 
     Raises:
         UsageError: An option does not exist, or a shape is missing.
-        TargetError: The library refuses the model, fails or crashes.
+        EngineBuildError: The library refuses the model, fails or crashes.
     """
-    built = build_engine(graph, made, request.options, progress=progress)
+    try:
+        built = build_engine(graph, made, request.options, progress=progress)
+    except TargetError as error:
+        raise EngineBuildError(error, _quantized_sites(model)) from error
     if _WITHOUT_WEIGHTS in request.options.flags:
         return _report(request, built, model, None)
     with progress.task("looking for weights", 1) as advance:
         findings = find_weights(made, ir.load(graph, format="protobuf"))
         advance(1)
     return _report(request, built, model, findings)
+
+
+def _quantized_sites(model: ir.Model) -> tuple[str, ...]:
+    named = (
+        next(iter(origins_of(node)), node.name or "")
+        for node in all_nodes(model)
+        if node.metadata_props.get(SCHEME, FLOAT) != FLOAT
+    )
+    return tuple(dict.fromkeys(named))
 
 
 def _report(

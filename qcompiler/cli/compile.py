@@ -34,6 +34,12 @@ from qcompiler.cli.options import (
 @latency_options
 @engine_options
 @click.option(
+    "--back-off/--no-back-off",
+    default=True,
+    show_default=True,
+    help="Where no engine can be built, look for the fewest ops to leave in float.",
+)
+@click.option(
     "--min-output-sqnr",
     type=float,
     metavar="DB",
@@ -83,9 +89,11 @@ def command(
     weight_range: str | None,
     verify: str,
     custom_ops: tuple[Path, ...],
+    back_off: bool,
     **others: Any,
 ) -> None:
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
+    from qcompiler.back_off import compile_backing_off
     from qcompiler.bundle import compile_bundle, is_bundle_name
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.compile import compile_model
@@ -113,10 +121,11 @@ def command(
     no_script: str | None = None
     with terminal_progress() as progress:
         if output is not None and is_bundle_name(output):
-            bundle = compile_bundle(model, options, output, progress=progress)
+            bundle = compile_bundle(model, options, output, back_off=back_off, progress=progress)
             result, no_script = bundle.model, bundle.no_script
         else:
-            result = compile_model(model, options, output=output, progress=progress)
+            compiled = compile_backing_off if back_off else compile_model
+            result = compiled(model, options, output=output, progress=progress)
     if report == "json":
         click.echo(report_json(result.report), nl=False)
         return
