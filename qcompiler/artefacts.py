@@ -9,9 +9,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.engine import EngineRequest, engine_manifest
+from qcompiler.engine import EngineRequest
 from qcompiler.errors import UsageError
 from qcompiler.export.checked_file import refuse_unwritable
+from qcompiler.export.to_tensorrt import EngineOptions
 from qcompiler.ir.load import load_model
 from qcompiler.ir.locked_folder import make_scratch_folder
 from qcompiler.ir.save import SavedModel
@@ -32,6 +33,8 @@ class CompileResult:
         manifest_path: Hashes, versions and options; identical for identical compilations.
         report: The report, as an object.
         engine_path: The engine, None where none was asked for; its manifest lies beside it.
+        engine_options: How an engine is built from the model, with the shapes of its inputs; None
+            where none was asked for.
         verdict: What the gate found; None without one.
         page_path: The report as a page for a browser; None unless `CompileOptions.html`.
     """
@@ -42,6 +45,7 @@ class CompileResult:
     manifest_path: Path
     report: Report
     engine_path: Path | None = None
+    engine_options: EngineOptions | None = None
     verdict: Verdict | None = None
     page_path: Path | None = None
 
@@ -75,27 +79,12 @@ def workspace_for(output: Path) -> Iterator[Path]:
 @contextmanager
 def engine_workspace_for(engine: EngineRequest | None) -> Iterator[Path]:
     """Make a folder for an engine beside where it goes; no folder where there is none."""
-    if engine is None:
+    if engine is None or engine.elsewhere:
         yield Path()
         return
     refuse_unwritable(engine.path)
     with workspace_for(engine.path) as folder:
         yield folder
-
-
-def publish_engine(engine: EngineRequest, workspace: Path, report: Report) -> Path:
-    """Write the manifest of an engine, and rename both into place."""
-    made = workspace / "out" / engine.path.name
-    manifest = made.with_name(engine.manifest_path.name)
-    assert report.engine is not None
-    try:
-        manifest.write_text(engine_manifest(engine, report.engine, report.output), encoding="utf-8")
-        manifest.replace(engine.manifest_path)
-        made.replace(engine.path)
-    except OSError as error:
-        message = f"cannot write the engine: {error.strerror}"
-        raise UsageError(message, where=str(engine.path)) from error
-    return engine.path
 
 
 def publish(

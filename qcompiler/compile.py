@@ -15,7 +15,6 @@ from qcompiler.artefacts import (
     CompileResult,
     engine_workspace_for,
     publish,
-    publish_engine,
     workspace_for,
 )
 from qcompiler.calibration.largest_call import largest_call
@@ -23,6 +22,7 @@ from qcompiler.calibration.quality import OutputQuality, output_quality
 from qcompiler.engine import (
     build_and_check,
     engine_warnings,
+    publish_engine,
     requested_engine,
     with_named_engine,
     with_profiles,
@@ -153,7 +153,7 @@ def compile_model(
         quality = _quality(plan, path, saved, progress)
         latency = _latency(plan, path, saved, progress)
         built = None
-        if engine is not None:
+        if engine is not None and not engine.elsewhere:
             made = engine_workspace / "out" / engine.path.name
             built = build_and_check(engine, saved.path, model, made, progress)
         kernels = inspection.kernels if inspection else None
@@ -177,9 +177,13 @@ def compile_model(
         manifest = _manifest(plan, report, verdict)
         result = publish(saved, target_path, report, manifest, html=options.html)
         result = replace(result, verdict=verdict)
-        if engine is None or built is None:
+        if engine is None:
             return result
-        return replace(result, engine_path=publish_engine(engine, engine_workspace, report))
+        result = replace(result, engine_options=engine.options)
+        if built is None:
+            return result
+        made = engine_workspace / "out" / engine.path.name
+        return replace(result, engine_path=publish_engine(engine, made, built, report.output))
 
 
 def _rewritten(
@@ -212,6 +216,9 @@ def _output_path(source: Path | str | ir.Model, output: Path | str | None, plan:
     if not isinstance(source, ir.Model) and path.exists() and path.samefile(Path(source)):
         message = "the output would overwrite the model it is made from"
         raise UsageError(message, where=str(path), hint="choose another -o")
+    if path.suffix == ".qbundle":
+        message = "a bundle is a folder, and no model"
+        raise UsageError(message, where=str(path), hint="call qcompiler.bundle.compile_bundle")
     if path.exists() and not path.is_file():
         message = "is a folder" if path.is_dir() else "is no regular file"
         raise UsageError(message, where=str(path), hint="name a file ending in .onnx")

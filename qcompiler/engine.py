@@ -10,7 +10,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError, UsageError
 from qcompiler.export.engine_weights import WeightFinding, find_weights
 from qcompiler.export.tensorrt_profiles import ShapeRange, profiles_of
 from qcompiler.export.to_tensorrt import (
@@ -20,10 +20,13 @@ from qcompiler.export.to_tensorrt import (
     build_engine,
     require_library,
 )
+from qcompiler.ir.dataflow import all_nodes
+from qcompiler.ir.provenance import SCHEME, origins_of
 from qcompiler.ir.tensor_output import content_key
 from qcompiler.ir.tensor_sites import tensor_sites
 from qcompiler.options import CompileOptions
 from qcompiler.progress import Progress
+from qcompiler.quant.scheme import FLOAT
 from qcompiler.report.records import EngineReport, FileFacts, UnplannedWeight
 from qcompiler.targets.capability import Target
 from qcompiler.targets.registry import TARGETS
@@ -38,6 +41,18 @@ _KERNELS: Final = 8 << 20
 _NAMES_SHOWN: Final = 3
 
 
+class EngineBuildError(TargetError):
+    """The library refused a model, failed or crashed.
+
+    Attributes:
+        sites: The quantized ops with weights, as the source model calls them.
+    """
+
+    def __init__(self, cause: TargetError, sites: tuple[str, ...]) -> None:
+        super().__init__(cause.message, where=cause.where, hint=cause.hint)
+        self.sites = sites
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """An engine that is to be built.
@@ -46,11 +61,13 @@ class EngineRequest:
         path: Where it goes.
         options: How it is built.
         title: What messages call the library.
+        elsewhere: Whether it is built later, on another machine: nothing is built here.
     """
 
     path: Path
     options: EngineOptions
     title: str
+    elsewhere: bool = False
 
     @property
     def manifest_path(self) -> Path:
@@ -86,7 +103,7 @@ def requested_engine(options: CompileOptions, target: Target) -> EngineRequest |
             that nobody wants.
     """
     path = options.engine
-    if path is None:
+    if path is None and not options.engine_elsewhere:
         if options.engine_options != EngineOptions():
             message = "options say how an engine is built, and none is asked for"
             raise UsageError(message, hint="give --engine model.engine")
@@ -94,10 +111,14 @@ def requested_engine(options: CompileOptions, target: Target) -> EngineRequest |
     if target.engine is None:
         able = ", ".join(name for name, each in TARGETS.items() if each.engine)
         message = f"{target.title} takes ONNX models; it has no engines"
-        raise UsageError(message, where=str(path), hint=f"targets with engines: {able or 'none'}")
+        where = None if path is None else str(path)
+        raise UsageError(message, where=where, hint=f"targets with engines: {able or 'none'}")
     chosen = _for_processors(replace(options.engine_options, library=target.engine), target)
+    title = LIBRARIES[chosen.library].title
+    if path is None:
+        return EngineRequest(Path(), chosen, title, elsewhere=True)
     require_library(chosen)
-    return EngineRequest(path, chosen, LIBRARIES[chosen.library].title)
+    return EngineRequest(path, chosen, title)
 
 
 def _for_processors(chosen: EngineOptions, target: Target) -> EngineOptions:
@@ -142,7 +163,21 @@ def with_profiles(
             message = f"input {name} has {ranks[name]} axes, and its profile {len(shapes.common)}"
             raise UsageError(message, where="--profile")
     seen: Mapping[str, ShapeRange] = {} if samples is None else profiles_of(samples)
-    return replace(request, options=replace(request.options, profile={**seen, **own}))
+    profile = {**seen, **own}
+    missing = [name for name in varying_inputs(model) if name not in profile]
+    if request.elsewhere and missing:
+        message = f"nothing says which shapes the input {missing[0]} takes"
+        raise UsageError(message, hint="give --calibration, or --profile input:1x16..8x128..64x512")
+    return replace(request, options=replace(request.options, profile=profile))
+
+
+def varying_inputs(model: ir.Model) -> tuple[str, ...]:
+    """Return the inputs whose shapes vary, in order."""
+    return tuple(
+        value.name or ""
+        for value in model.graph.inputs
+        if value.shape is None or not value.shape.is_static()
+    )
 
 
 def build_and_check(
@@ -159,15 +194,27 @@ def build_and_check(
 
     Raises:
         UsageError: An option does not exist, or a shape is missing.
-        TargetError: The library refuses the model, fails or crashes.
+        EngineBuildError: The library refuses the model, fails or crashes.
     """
-    built = build_engine(graph, made, request.options, progress=progress)
+    try:
+        built = build_engine(graph, made, request.options, progress=progress)
+    except TargetError as error:
+        raise EngineBuildError(error, _quantized_sites(model)) from error
     if _WITHOUT_WEIGHTS in request.options.flags:
         return _report(request, built, model, None)
     with progress.task("looking for weights", 1) as advance:
         findings = find_weights(made, ir.load(graph, format="protobuf"))
         advance(1)
     return _report(request, built, model, findings)
+
+
+def _quantized_sites(model: ir.Model) -> tuple[str, ...]:
+    named = (
+        next(iter(origins_of(node)), node.name or "")
+        for node in all_nodes(model)
+        if node.metadata_props.get(SCHEME, FLOAT) != FLOAT
+    )
+    return tuple(dict.fromkeys(named))
 
 
 def _report(
@@ -232,6 +279,31 @@ def engine_warnings(engine: EngineReport | None) -> tuple[str, ...]:
             f"{engine.planned_bytes >> 10} KiB; {lost} weights were not found in it"
         )
     return tuple(found)
+
+
+def publish_engine(
+    request: EngineRequest, made: Path, engine: EngineReport, graph: FileFacts
+) -> Path:
+    """Write the manifest of an engine, and rename both into place.
+
+    Args:
+        request: Where it goes.
+        made: The engine, in a folder of the same file system.
+        engine: What lies in it.
+        graph: What it was built from.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    manifest = made.with_name(request.manifest_path.name)
+    try:
+        manifest.write_text(engine_manifest(request, engine, graph), encoding="utf-8")
+        manifest.replace(request.manifest_path)
+        made.replace(request.path)
+    except OSError as error:
+        message = f"cannot write the engine: {error.strerror}"
+        raise UsageError(message, where=str(request.path)) from error
+    return request.path
 
 
 def engine_manifest(request: EngineRequest, engine: EngineReport, graph: FileFacts) -> str:

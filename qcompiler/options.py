@@ -150,6 +150,8 @@ class CompileOptions:
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
         engine: Where an engine goes that is built from the result, None for none; an output that
             ends in .engine or .plan is one, too.
+        engine_elsewhere: Whether an engine is built from the result on another machine: its options
+            are checked, and shapes taken from the samples, but nothing is built.
         engine_options: How it is built. Its library is the target's; shapes that its profile does
             not give come from the samples.
         workers: Threads for quantizing; None is the number of processors.
@@ -192,6 +194,7 @@ class CompileOptions:
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
     engine: Path | None = None
+    engine_elsewhere: bool = False
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     workers: int | None = None
     memory_limit: int = 64 << 20

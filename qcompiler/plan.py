@@ -133,6 +133,7 @@ def make_plan(options: CompileOptions) -> Plan:
         or options.reconstruct is not Reconstruction.NONE
         or recipe.compute_type is not None
         or options.engine is not None
+        or options.engine_elsewhere
     )
     calibration = _calibration(options, schemes, sampled=sampled)
     if options.reconstruct is not Reconstruction.NONE and calibration is None:

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,10 +22,20 @@ from qcompiler.cli.options import (
     samples_of,
 )
 
+if TYPE_CHECKING:
+    from qcompiler.artefacts import CompileResult
+    from qcompiler.options import CompileOptions
+    from qcompiler.progress import Progress
+
 
 @click.command("compile")
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, help="Where the model goes.  [default: beside MODEL]")
+@click.option(
+    "-o",
+    "--output",
+    type=MODEL,
+    help="Where the model goes; NAME.qbundle is a folder for a device.  [default: beside MODEL]",
+)
 @plan_options
 @calibration_options
 @equalization_options
@@ -33,6 +43,12 @@ from qcompiler.cli.options import (
 @island_options
 @latency_options
 @engine_options
+@click.option(
+    "--back-off/--no-back-off",
+    default=True,
+    show_default=True,
+    help="Where no engine can be built, look for the fewest ops to leave in float.",
+)
 @click.option(
     "--min-output-sqnr",
     type=float,
@@ -87,6 +103,7 @@ def command(
     weight_range: str | None,
     verify: str,
     custom_ops: tuple[Path, ...],
+    back_off: bool,
     gate: tuple[str, ...],
     junit: Path | None,
     json: Path | None,
@@ -96,7 +113,6 @@ def command(
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
     from qcompiler.bounds import gate_from_texts
     from qcompiler.cli.progress import terminal_progress
-    from qcompiler.compile import compile_model
     from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
     from qcompiler.quant.ranges import RangeMethod
@@ -130,7 +146,7 @@ def command(
     )
     try:
         with terminal_progress() as progress:
-            result = compile_model(model, options, output=output, progress=progress)
+            result, no_script = _compile(model, options, output, progress, back_off=back_off)
     except GateFailedError as failure:
         publish(failure.verdict)
         raise
@@ -142,9 +158,31 @@ def command(
     print_report(result.report, result.path)
     if result.page_path is not None:
         click.echo(f"wrote {printable(str(result.page_path))}, the report as a page")
+    if no_script is not None:
+        click.echo(printable(f"no build.sh: {no_script}; use `qcompile build {output}`"))
     if options.scheme is None and options.recipe is None and calibration is None:
         click.echo(
             "No scheme was asked for, so weights went to int8 and activations stayed in float: "
             "the safest saving without data. With --calibration DATA, activations go to int8 as "
             "well, which is faster."
         )
+
+
+def _compile(
+    model: Path,
+    options: "CompileOptions",
+    output: Path | None,
+    progress: "Progress",
+    *,
+    back_off: bool,
+) -> tuple["CompileResult", str | None]:
+    """Compile into a model or a bundle; returns as well why a bundle has no script."""
+    from qcompiler.back_off import compile_backing_off
+    from qcompiler.bundle import compile_bundle, is_bundle_name
+    from qcompiler.compile import compile_model
+
+    if output is not None and is_bundle_name(output):
+        bundle = compile_bundle(model, options, output, back_off=back_off, progress=progress)
+        return bundle.model, bundle.no_script
+    compiled = compile_backing_off if back_off else compile_model
+    return compiled(model, options, output=output, progress=progress), None

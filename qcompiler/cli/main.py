@@ -13,6 +13,7 @@ from qcompiler.errors import QCompilerError, printable
 
 _COMMANDS = {
     "compile": ("qcompiler.cli.compile", "Compile a model (what `qcompile MODEL` does)."),
+    "build": ("qcompiler.cli.build", "Build the engine of a bundle on this machine."),
     "inspect": ("qcompiler.cli.inspect", "List a model's ops, quantizable sites and blocks."),
     "explain": ("qcompiler.cli.explain", "Say what a node became: why, at which cost."),
     "diff": ("qcompiler.cli.diff", "Say how two compiled models differ, node by node."),

@@ -97,7 +97,7 @@ def island_lines(islands: IslandsReport | None) -> Iterator[str]:
 
 
 def engine_lines(engine: EngineReport | None) -> Iterator[str]:
-    """Yield what is known of an engine, if there is one."""
+    """Yield what an engine is and what lies in it, one line a thing."""
     if engine is None:
         return
     where = f" for {', '.join(engine.capabilities)}" if engine.capabilities else ""

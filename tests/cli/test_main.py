@@ -219,13 +219,13 @@ def test_bad_usage_is_one_clear_error(
 def test_an_unexpected_failure_is_one_sentence(
     run: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qcompiler.compile
+    import qcompiler.back_off
 
     def fail(*_: object, **__: object) -> None:
         message = "surprise"
         raise RuntimeError(message)
 
-    monkeypatch.setattr(qcompiler.compile, "compile_model", fail)
+    monkeypatch.setattr(qcompiler.back_off, "compile_model", fail)
     status, _, err = run(digits)
     assert status == 70
     assert err.startswith("internal error: RuntimeError: surprise")

@@ -29,6 +29,13 @@ class HardwareCompatibilityLevel(enum.IntEnum):
 class ILogger: pass
 class IProgressMonitor: pass
 
+def refused(path, nodes):
+    """Say whether one of the nodes reads what a DequantizeLinear makes."""
+    import onnx
+    graph = onnx.load(path, load_external_data=False).graph
+    decoded = {name for n in graph.node if n.op_type == "DequantizeLinear" for name in n.output}
+    return any(n.name in nodes and decoded & set(n.input) for n in graph.node)
+
 class Config:
     def __init__(self): self.calls, self.__dict__["cache"] = [], None
     def set_flag(self, flag): self.calls.append(["flag", flag.name])
@@ -99,6 +106,8 @@ class Builder:
             os.abort()
         monitor.phase_finish("Building")
         if PLAN.get("nothing"):
+            return None
+        if "refuses" in PLAN and refused(network.model, PLAN["refuses"]):
             return None
         if PLAN.get("copies"):
             return Engine(pathlib.Path(network.model + ".data").read_bytes())
