@@ -30,6 +30,10 @@ _ARMS: dict[str, tuple[str, ...]] = {
     "w3a16:b128 gptq": (
         *("--scheme", "w3a16:b128", "--calibration", "calls", "--reconstruct", "gptq"),
     ),
+    "w3a16:b128 cbq": (
+        *("--scheme", "w3a16:b128", "--calibration", "calls", "--reconstruct", "cbq"),
+        *("--steps", "20"),
+    ),
 }
 
 
