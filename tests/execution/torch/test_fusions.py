@@ -96,7 +96,12 @@ def test_a_normalization_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [_norm(power=3.0), _norm(axis=1), _norm(scaled="mean, inverse")], ids=str
+    "model",
+    [
+        pytest.param(_norm(power=3.0), id="cubes"),
+        pytest.param(_norm(axis=1), id="other axis"),
+        pytest.param(_norm(scaled="mean, inverse"), id="scales the mean"),
+    ],
 )
 def test_what_only_looks_like_one_stays(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = _runs(monkeypatch)

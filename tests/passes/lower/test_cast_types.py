@@ -317,3 +317,23 @@ def test_ops_of_other_domains_stay_float32(tmp_path: Path) -> None:
     node_named(model, "op").outputs[0].type = ir.TensorType(F32)
     result = run_pass(CastTypes(), model, tmp_path)
     assert float32_nodes(result)["op"] == "types of com.microsoft ops are not known"
+
+
+def test_scatters_that_add_stay_float32(tmp_path: Path) -> None:
+    text = """g (float[4, 8] x) => (float[4, 8] y, float[4, 8] z) {
+        a = MatMul(x, w) [adds] y = ScatterND<reduction="add">(a, rows, a)
+        [writes] s = ScatterND(a, rows, a) z = MatMul(s, w) }"""
+    weights = {"w": random_array(8, 8), "rows": np.array([[0], [1], [1], [3]])}
+    before, after = build(text, weights), build(text, weights)
+    result = cast(after, tmp_path, data(4, 8))
+    assert set(float32_nodes(result)) == {"adds"}
+    assert "in float32 only" in float32_nodes(result)["adds"]
+    assert worst_error(before, after, data(4, 8)) < 2e-3
+
+
+def test_a_constant_kept_in_16_bits_is_no_island(tmp_path: Path) -> None:
+    text = """g (float[4, 8] x) => (float[4, 8] y) {
+        [wide] v = Cast<to=1>(w) [fc] y = MatMul(x, v) }"""
+    weights = {"w": random_array(8, 8).astype(np.float16)}
+    model = build(text, weights)
+    assert not float32_nodes(cast(model, tmp_path, data(4, 8)))
