@@ -7,7 +7,7 @@
 Every model comes twice: as it is, and with outlier channels planted that change nothing of what it
 computes (`planted`). Latency is not measured and nothing falls back. Up to 8 channels of a value
 may stay in float, as by default, but in the arm "plain"; heavy-tailed activations get two terms of
-codes, as by default, in the two last arms only. Each arm is scored as ONNX Runtime runs it. Results
+codes, as by default, in the three last arms only. Each arm is scored as ONNX Runtime runs it. Results
 go to benchmarks/results/equalization.json, the tables to equalization.md.
 """
 
@@ -68,6 +68,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "aweq + bias": Method(EqualizationMethod.AWEQ, correct_bias=True),
     "auto + bias": Method(EqualizationMethod.AUTO, correct_bias=True),
     "none + two terms": Method(None, two_terms=True),
+    "default unequalized": Method(None, correct_bias=True, two_terms=True),
     "default": Method(EqualizationMethod.AUTO, correct_bias=True, two_terms=True),
 }
 
