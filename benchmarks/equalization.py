@@ -7,8 +7,8 @@
 Every model comes twice: as it is, and with outlier channels planted that change nothing of what it
 computes (`planted`). Latency is not measured and nothing falls back. Up to 8 channels of a value
 may stay in float, as by default, but in the arm "plain"; heavy-tailed activations get two terms of
-codes, as by default, in the three last arms only. Each arm is scored as ONNX Runtime runs it. Results
-go to benchmarks/results/equalization.json, the tables to equalization.md.
+codes, as by default, in the three last arms only. Each arm is scored as ONNX Runtime runs it.
+Results go to benchmarks/results/equalization.json, the tables to equalization.md.
 """
 
 import argparse
