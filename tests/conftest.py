@@ -1,8 +1,13 @@
 """Options of the test run."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker has one core for itself. PyTorch reads this when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"

@@ -126,5 +126,5 @@ def test_readme_runs_what_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     script = (ROOT / ".ci" / "run").read_text()
     assert "pip install -c constraints.txt -e '.[dev]'" in readme
-    assert "\npytest\n" in script
-    assert re.search(r"&& pytest\n", readme)
+    assert "\npytest -n auto\n" in script
+    assert re.search(r"&& pytest -n auto\n", readme)
