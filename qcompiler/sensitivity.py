@@ -1,9 +1,7 @@
 """Which ops a quantization should spare: ranks them by the damage each does alone."""
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,20 +18,16 @@ from qcompiler.calibration.candidates import (
 )
 from qcompiler.calibration.damage import Damage, MeasureOptions, decibels, measure_damage
 from qcompiler.errors import ModelError, UsageError
-from qcompiler.ir.fingerprint import fingerprint
-from qcompiler.ir.load import load_model
-from qcompiler.ir.provenance import forget
-from qcompiler.ir.weights import WeightStore
+from qcompiler.first_passes import compiled_until
 from qcompiler.options import CompileOptions
 from qcompiler.passes.assign.place_quantizers import PlaceQuantizers
 from qcompiler.passes.quantize.calibrate import Calibrate
-from qcompiler.pipeline import pass_named, pipeline, quantizing_passes
-from qcompiler.plan import Plan, make_plan, with_data
+from qcompiler.pipeline import pass_named, quantizing_passes
+from qcompiler.plan import Plan, make_plan
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.recipe import Recipe, Rule, Selector
 from qcompiler.quant.scheme import Activations, QScheme, parse_scheme
 from qcompiler.rewriting.base import PassContext
-from qcompiler.rewriting.manager import PassManager
 
 
 class Mode(StrEnum):
@@ -151,18 +145,8 @@ def rank_sensitivity(
     if not plan.static:
         message = "no op would get calibrated activations"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
-    model = load_model(Path(source))
-    forget(model)
-    plan = with_data(plan, model, lambda: fingerprint(Path(source)))
-    with (
-        tempfile.TemporaryDirectory(prefix="qcompiler-") as scratch,
-        WeightStore(Path(scratch)) as store,
-    ):
-        workers = options.workers or os.cpu_count() or 1
-        context = PassContext(store, progress or SilentProgress(), workers)
-        passes = pipeline(plan)
-        names = [entry.name for entry in passes]
-        PassManager(context).run(model, passes[: names.index(Calibrate.name) + 1])
+    shown = progress or SilentProgress()
+    with compiled_until(source, plan, Calibrate.name, options, shown) as (model, plan, context):
         candidates = find_candidates(model)
         if not candidates:
             message = "there is no op that would be quantized"
