@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -80,9 +79,9 @@ def test_external_data_is_not_read(tmp_path: Path) -> None:
         stream.truncate(14 << 30)
     path = _write(proto, tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     model = load_model(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
     loaded = model.graph.initializers["w"].const_value
     assert loaded is not None
@@ -214,19 +213,17 @@ def test_thirty_nested_bodies_load(tmp_path: Path) -> None:
     assert sum(1 for _ in load_model(_write(proto, tmp_path)).graph.all_nodes()) > 25
 
 
-def test_checks_take_little_time(tmp_path: Path) -> None:
+def test_checks_are_no_square_of_the_nodes(tmp_path: Path) -> None:
     proto = sound_model()
     names = ["h", *(f"v{index}" for index in range(4998)), "y"]
     del proto.graph.node[1:]
     for index, (source, result) in enumerate(itertools.pairwise(names)):
         proto.graph.node.append(helper.make_node("Relu", [source], [result], name=f"n{index}"))
     path = _write(proto, tmp_path)
-    start = time.perf_counter()
-    ir.from_proto(onnx.load(path))
-    parsing = time.perf_counter() - start
-    start = time.perf_counter()
+    start = time.process_time()
     load_model(path)
-    assert time.perf_counter() - start - parsing < 1
+    # 0.6 s here; checks that look at all nodes for each node take minutes.
+    assert time.process_time() - start < 10
 
 
 def test_fingerprint_covers_external_data(tmp_path: Path) -> None:

@@ -43,11 +43,11 @@ def test_a_large_model_takes_a_moment() -> None:
         things.append(
             [Option(size * b, weight * 4.0**-b * generator.uniform(0.8, 1.2)) for b in (2, 4, 8)]
         )
-    begin = time.perf_counter()
+    begin = time.process_time()
     chosen = choose_options(things, int(3.1 * sum(options[0].cost // 2 for options in things)))
     assert chosen is not None
     assert set(chosen) == {0, 1, 2}
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def test_equal_solutions_give_one() -> None:
