@@ -81,7 +81,12 @@ class RtxBuilder:
                 "processors": list(processors),
                 "shapes": dict(shapes or {}),
             }
+            used = self._process is not None
             answer = self._ask(json.dumps(request))
+            if answer is None and used:
+                # Rarely a process that has built many engines crashes where a fresh one, such as
+                # the compiler starts for each, does not.
+                answer = self._ask(json.dumps(request))
             if answer is None:
                 return Built("crash", ())
             written = engine.read_bytes() if answer["stage"] == "done" else b""
