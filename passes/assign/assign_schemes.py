@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import onnx_ir as ir
 
@@ -15,11 +15,20 @@ from qcompiler.ir.selection import SelectionIndex
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.recipe import Recipe, Rule
 from qcompiler.quant.scheme import FLOAT, QScheme
-from qcompiler.quant.selector import nearest
+from qcompiler.quant.selector import Selector, nearest
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.capability import Resolution, Target, resolve
 from qcompiler.targets.site_requests import request_for
+
+_FEWEST_TABLE_BITS: Final = 4
+_TABLES: Final = Rule(
+    Selector(op_type="Gather"),
+    QScheme(8),
+    "a table of fewer than 4 bits spoils what all that follows reads",
+    "default of tables",
+)
+"""What tables get where the recipe's default has fewer bits and no rule speaks of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,10 @@ class AssignSchemes(Pass):
     Refuses: sites the recipe leaves in float, sites the target has no row for, ops without a
         constant weight, weights that something else than a quantizable op reads as well.
 
-    The graph does not change. A weight shared by several sites gets one scheme: float if any
-    of them must stay in float, otherwise that of the site with the most bits.
+    Tables that are looked up (embeddings) get 8 bits where the default has 2 or 3 and no rule
+    speaks of them, and so does a head that is tied to one. The graph does not change. A weight
+    shared by several sites gets one scheme: float if any of them must stay in float, otherwise
+    that of the site with the most bits.
 
     Raises (from `run`):
         UsageError: A recipe rule matches no node; the message names the nearest.
@@ -145,6 +156,8 @@ class AssignSchemes(Pass):
     ) -> Decision:
         recipe = self.options.recipe
         scheme = recipe.default if rule is None else rule.scheme
+        if rule is None and _is_crude_for(scheme, site.node):
+            rule, scheme = _TABLES, _TABLES.scheme
         label = "recipe default" if rule is None else rule.label
         if scheme is None:
             reason = (rule.reason if rule is not None else None) or (
@@ -166,6 +179,12 @@ class AssignSchemes(Pass):
             return Decision(None, resolution.rule, resolution.reason)
         reason = _sentence(label, rule, resolution)
         return Decision(resolution.scheme, resolution.rule, reason, resolution.pair_limit)
+
+
+def _is_crude_for(scheme: QScheme | None, node: ir.Node) -> bool:
+    """Whether a node looks rows up in a table, and a scheme has too few bits for that."""
+    few = scheme is not None and scheme.weight_bits < _FEWEST_TABLE_BITS
+    return few and is_op(node, "Gather")
 
 
 def _sentence(label: str, rule: Rule | None, resolution: Resolution) -> str:

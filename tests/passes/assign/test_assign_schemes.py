@@ -140,6 +140,32 @@ def test_tied_sites_get_one_scheme_float_if_one_must_be(tmp_path: Path) -> None:
     assert _scheme(model, "lookup") == _scheme(model, "head") == "float"
 
 
+TABLE = """g (int64[N] i) => (float[N, 64] y) {
+    [lookup] e = Gather(table, i)
+    [turn] t = Transpose<perm=[1, 0]>(table)
+    [inner] h = MatMul(e, w)
+    [head] y = MatMul(h, t) }"""
+
+
+@pytest.mark.parametrize(
+    ("default", "rules", "table"),
+    [
+        ("w2a16:b32", "", "w8a16"),
+        ("w3a16:b32", "", "w8a16"),
+        ("w4a16:b32", "", "w4a16:b32"),
+        ("w2a16:b32", '[[rule]]\nop_type = "Gather"\nscheme = "w4a16:b32"', "w4a16:b32"),
+    ],
+)
+def test_tables_keep_8_bits_below_4(default: str, rules: str, table: str, tmp_path: Path) -> None:
+    model = build(TABLE, {"table": random_array(64, 64), "w": random_array(64, 64)})
+    recipe = Recipe.from_text(f'version = 1\ndefault = "{default}"\n{rules}', "recipe.toml")
+    _assign(model, recipe, tmp_path)
+    found = {name: _scheme(model, name).removesuffix(":asym") for name in ("lookup", "inner")}
+    assert found["inner"].removesuffix(":sym") == default
+    assert found["lookup"].removesuffix(":sym") == table
+    assert _scheme(model, "lookup") == _scheme(model, "head"), "the head is tied to the table"
+
+
 def test_a_weight_that_something_else_reads_stays_float(tmp_path: Path) -> None:
     model = build(
         """g (float[64, 64] x) => (float[64, 64] y) {
