@@ -260,7 +260,7 @@ def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassR
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
-    if already and not plan.target.runs_here:
+    if already and plan.target.intake:
         return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"
