@@ -11,7 +11,7 @@ from qcompiler.quant.scheme import Activations
 from qcompiler.targets.capability import AddedBias, Target
 from qcompiler.targets.onnxruntime_ops import LOWERED_OPS
 from qcompiler.targets.placement import Part, Placement, PlacementRule, Reluctance
-from qcompiler.targets.rows import OpType, Row, Substitute, WeightUse
+from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
 
 _PRODUCTS: Final[tuple[OpType, ...]] = (("", "MatMul"), ("", "Gemm"))
 _CONV: Final[tuple[OpType, ...]] = (("", "Conv"),)
@@ -77,9 +77,19 @@ EMULATION: Final = Target(
         _row("emulated-weight", (*_PRODUCTS, *_TABLES), Activations.FLOAT, _BLOCKS),
         _row("emulated-conv-weight", (*_CONV, *_OTHERS), Activations.FLOAT, ()),
     ),
-    refusals=(),
-    substitutes=tuple(
-        Substitute(_ALL, (bits,), Activations.STATIC, bits, Activations.FLOAT) for bits in _BITS
+    refusals=(
+        Refusal(
+            rule="no-dynamic",
+            ops=_ALL,
+            weight_bits=(8,),
+            activations=Activations.DYNAMIC,
+            reason="scales that come from the run are not emulated: give --calibration DATA, w8a8",
+            source="design",
+        ),
+    ),
+    substitutes=(
+        *(Substitute(_ALL, (bits,), Activations.STATIC, bits, Activations.FLOAT) for bits in _BITS),
+        Substitute(_ALL, (8,), Activations.DYNAMIC, 8, Activations.FLOAT),
     ),
     placement=Placement(
         qtype=UINT8,
