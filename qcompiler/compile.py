@@ -31,6 +31,7 @@ from qcompiler.errors import ModelError, TargetError, UsageError
 from qcompiler.execution.kernels import Inspection, inspect_kernels
 from qcompiler.execution.latency import Budget, Timing, compare_latency
 from qcompiler.execution.narrow_floats import has_bfloat16
+from qcompiler.following import HandOver, leading, require_shareable
 from qcompiler.gate.check import require_judgeable, run_gate
 from qcompiler.gate.setting import Candidate, GateOptions
 from qcompiler.ir.dataflow import all_nodes, standard_opset
@@ -68,6 +69,7 @@ from qcompiler.rewriting.base import PassContext, PassRecord
 from qcompiler.rewriting.manager import PassManager
 from qcompiler.rewriting.work_folder import WorkFolder
 from qcompiler.settings import identity_of, settings_of
+from qcompiler.team import Alone, Team
 from qcompiler.watching import Watching, watch
 
 _LATENCY_BUDGET: Final = Budget(seconds=1.0, fewest=3)
@@ -92,6 +94,7 @@ def compile_model(
     *,
     output: Path | str | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> CompileResult:
     """Compile a model and write it with its report and manifest.
 
@@ -102,6 +105,8 @@ def compile_model(
             A model in memory needs it. Report, page and manifest go beside it. Where it names an
             engine, m.engine, the model is called m.lowered.onnx.
         progress: Where long work shows how far it is; None is silent.
+        team: Processes that share the work, which this one leads; the others `follow` it. None is
+            this process alone.
 
     Returns:
         The paths written, and the report.
@@ -120,7 +125,9 @@ def compile_model(
     options = options or CompileOptions()
     progress = progress or SilentProgress()
     options, output = with_named_engine(options, output)
+    team = team or Alone()
     plan = make_plan(options)
+    require_shareable(plan, team)
     engine = requested_engine(options, plan.target)
     target_path = _output_path(source, output, plan)
     with workspace_for(target_path) as workspace, ExitStack() as held:
@@ -138,7 +145,7 @@ def compile_model(
         work = held.enter_context(_work_folder(digest.result, plan, options))
         watching = watch(model, plan, options, target_path.parent)
         with WeightStore(workspace) as store:
-            context = PassContext(store, progress, options.workers or os.cpu_count() or 1)
+            context = PassContext(store, progress, options.workers or os.cpu_count() or 1, team)
             model, records = _rewritten(model, plan, context, watching, work)
             with without_times(model):
                 saved = save_model(
@@ -194,13 +201,20 @@ def _rewritten(
     work: WorkFolder | None,
 ) -> tuple[ir.Model, list[PassRecord]]:
     """Run the passes, those that a stopped compilation finished excepted."""
+    team, folder = context.team, context.store.directory
+    if team.size > 1 and plan.windows is None:
+        plan = replace(plan, windows=folder / "windows")
+    hooks = [*watching.hooks()]
+    if plan.windows is not None:
+        hooks.append(HandOver(team, folder, plan.windows))
     reached = work.newest() if work else None
     done: tuple[PassRecord, ...] = ()
     if reached is not None:
         model, done = reached.model, reached.records
     passes = pipeline(plan)
     watching.missed(passes[: len(done)])
-    records = PassManager(context, watching.hooks(), work).run(model, passes, done)
+    with leading(team):
+        records = PassManager(context, hooks, work).run(model, passes, done)
     _require_something_done(model, plan, records)
     return model, records
 
@@ -246,7 +260,7 @@ def _require_something_done(model: ir.Model, plan: Plan, records: Sequence[PassR
     if planned or find_sites(model)[0]:
         return
     already = sum(1 for node in all_nodes(model) if (node.domain, node.op_type) in INTEGER_OPS)
-    if already and not plan.target.runs_here:
+    if already and plan.target.intake:
         return
     if already:
         message = f"the model is quantized already: {already} ops work on integers"

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 from qcompiler.calibration.held_out import hold_out
 from qcompiler.errors import UsageError
-from qcompiler.options import (
-    Reconstruction,
-)
+from qcompiler.options import CalibrationOptions, Reconstruction
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
 from qcompiler.passes.assign.assign_islands import AssignIslands, AssignIslandsOptions
 from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
@@ -62,18 +60,30 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
     # What judges the ranges must not have made them.
     samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    outliers, two_terms_below = _apart(plan, options)
     return CalibrateOptions(
         samples,
         data.model_fingerprint,
         options.observer,
         (SplitOutlierChannels(), ExpandResiduals(), InsertActivationQdq()),
         options.percentile,
-        options.outlier_channels,
-        options.two_terms_below,
+        outliers,
+        two_terms_below,
         options.memory_budget,
         options.statistics,
         plan.custom_op_libraries,
     )
+
+
+def _apart(plan: Plan, options: CalibrationOptions) -> tuple[int, float]:
+    """Return what may be computed beside the integer products: outlier channels, second terms.
+
+    Nothing where arithmetic is emulated: it would cost nothing there, and the accuracy be that of
+    more bits than were asked for.
+    """
+    if plan.target.emulated:
+        return 0, 0.0
+    return options.outlier_channels, options.two_terms_below
 
 
 def _equalize_channels(plan: Plan) -> EqualizeChannels:
@@ -82,6 +92,7 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
         message = "equalize-channels needs samples and a method"
         raise UsageError(message, hint="give --calibration DATA, and --equalize auto")
     samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    outliers, two_terms_below = _apart(plan, options)
     return EqualizeChannels(
         EqualizeOptions(
             samples,
@@ -89,8 +100,8 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
                 chosen.method,
                 chosen.alpha,
                 chosen.percentile,
-                options.outlier_channels,
-                options.two_terms_below,
+                outliers,
+                two_terms_below,
             ),
             chosen.insert_mul,
             options.memory_budget,

@@ -11,7 +11,7 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
 from qcompiler.calibration.task_calls import Task, open_task
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError, UsageError
 from qcompiler.options import (
     CalibrationOptions,
     CompileOptions,
@@ -125,6 +125,7 @@ def make_plan(options: CompileOptions) -> Plan:
     opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
+    _require_integers(target, schemes)
     equalization = options.equalization or EqualizationOptions(recipe.equalize)
     correct_bias = recipe.correct_bias if options.correct_bias is None else options.correct_bias
     sampled = (
@@ -171,6 +172,23 @@ def make_plan(options: CompileOptions) -> Plan:
         cast_io=options.cast_io,
         gate=gate,
     )
+
+
+def _require_integers(target: Target, schemes: Sequence[QScheme | None]) -> None:
+    """Refuse calibrated activations that a target multiplies by no weights of such bits.
+
+    Raises:
+        TargetError: Every op would stay in float.
+    """
+    for scheme in schemes:
+        static = scheme is not None and scheme.activations is Activations.STATIC
+        if scheme is not None and static and not target.has_integers(scheme):
+            message = f"{target.title} multiplies no integers as {scheme} has them"
+            hint = (
+                "give w8a8 or w4a16:b128; to see what it costs in accuracy, --target emulation, "
+                "which computes in float"
+            )
+            raise TargetError(message, hint=hint, reason="no-such-integers")
 
 
 def _gate(options: CompileOptions, recipe: Recipe) -> Gate | None:

@@ -18,7 +18,7 @@ from tests.support.graphs import op_types
 ROOT = Path(__file__).parent.parent
 OTHERS = {
     *("--save-inputs", "--update-golden", "--no-cache-dir", "--rm"),
-    *("--fp16", "--int8", "--stronglyTyped"),
+    *("--fp16", "--int8", "--stronglyTyped", "--nproc-per-node"),
 }
 """Options of other programs."""
 PAGES = sorted((ROOT / "docs").glob("*.md"))

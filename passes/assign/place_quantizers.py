@@ -14,8 +14,10 @@ from qcompiler.ir.provenance import (
     REGION,
     SHARES,
     annotate,
+    scheme_of,
 )
 from qcompiler.passes.assign.integer_regions import IntegerRegions, find_regions
+from qcompiler.quant.qtype import QType, qtype_of
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.placement import Placement
@@ -33,7 +35,7 @@ class PlaceOptions:
 
 
 class PlaceQuantizers(Pass):
-    """Mark the values that are to be quantized around ops with static 8-bit activations.
+    """Mark the values that are to be quantized around ops with static activations.
 
     Before: y = Relu(Conv(x, w))       # Conv: qcompiler.scheme = "w8a8:sym"
     After:  y = Relu(Conv(x, w))       # x, y: qcompiler.quantizer = "uint8:asym"; Conv, Relu:
@@ -89,8 +91,18 @@ def _write(regions: IntegerRegions, placement: Placement) -> None:
         node.metadata_props[QUANTIZED_INPUTS] = json.dumps(list(regions.reads(node)))
     for node, reason in regions.refused.items():
         annotate(node, placement_reason=reason)
-    text = f"{placement.qtype}:{'sym' if placement.symmetric else 'asym'}"
+    symmetry = "sym" if placement.symmetric else "asym"
     for quantizer in regions.quantizers():
-        quantizer.value.metadata_props[QUANTIZER] = text
+        qtype = _qtype(quantizer.value, regions)
+        quantizer.value.metadata_props[QUANTIZER] = f"{qtype}:{symmetry}"
         if quantizer.shares is not None:
             quantizer.value.metadata_props[SHARES] = quantizer.shares.name or ""
+
+
+def _qtype(value: ir.Value, regions: IntegerRegions) -> QType:
+    """Return the type of a value's codes: that of the reader that asks for the most bits."""
+    usual = regions.placement.qtype
+    readers = [use.node for use in value.uses() if use.node in regions.members]
+    schemes = [scheme_of(node) for node in readers]
+    bits = [scheme.activation_bits for scheme in schemes if scheme is not None]
+    return qtype_of(max(bits), signed=usual.signed) if bits else usual

@@ -11,6 +11,7 @@ from qcompiler.calibration.grid_error import grid_of
 from qcompiler.calibration.quality import Reference
 from qcompiler.ir.dataflow import is_op
 from qcompiler.ir.provenance import QUANTIZER, RANGE
+from qcompiler.ir.substitution import new_node
 from qcompiler.quant.qtype import qtype_named
 from qcompiler.rewriting.base import Pass, PassContext
 
@@ -64,11 +65,8 @@ def _open_operands(
         scale, zero_point = node.inputs[1], node.inputs[2]
         if name not in wanted or scale is None or zero_point is None:
             continue
-        for operand in (scale, zero_point):
-            graph.initializers.pop(operand.name or "", None)
-            operand.const_value = None
-            graph.inputs.append(operand)
-        found[name] = (scale, zero_point, value.metadata_props[QUANTIZER])
+        opened = _opened(graph, scale), _opened(graph, zero_point)
+        found[name] = (*opened, value.metadata_props[QUANTIZER])
     return found
 
 
@@ -81,3 +79,22 @@ def _feeds(operands: Mapping[str, tuple[ir.Value, ir.Value, str]], ranges: Range
         feeds[scale.name or ""] = np.array(grid.scale, np.float32)
         feeds[zero_point.name or ""] = np.array(grid.zero_point, zero_point.dtype.numpy())
     return feeds
+
+
+def _opened(graph: ir.Graph, operand: ir.Value) -> ir.Value:
+    """Make an initializer an input; one below 8 bits is fed as bytes, since NumPy has no other."""
+    name = operand.name or ""
+    graph.initializers.pop(name, None)
+    operand.const_value = None
+    fed = operand
+    if operand.dtype is not None and operand.dtype.bitwidth < 8:
+        plain = ir.DataType.INT8 if operand.dtype.is_signed() else ir.DataType.UINT8
+        operand.name = f"{name}.replaced"
+        fed = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(plain))
+        to = {"to": operand.dtype.value}
+        cast = new_node("try-ranges", "Cast", [fed], f"{name}.narrow", attributes=to)
+        cast.outputs[0].dtype = operand.dtype
+        graph.insert_before(graph[0], cast)
+        operand.replace_all_uses_with(cast.outputs[0])
+    graph.inputs.append(fed)
+    return fed

@@ -13,6 +13,7 @@ from qcompiler.errors import InternalError
 from qcompiler.quant.reconstruction import BlockReconstruction, Start
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
+from qcompiler.team import Team
 
 if TYPE_CHECKING:
     from qcompiler.reconstruction.checkpoint import Checkpoint
@@ -35,7 +36,8 @@ class ReconstructBlocksOptions:
         padding_mask: Name of an input `[batch, tokens]` that is 0 where a token does not count;
             a model without it has no padding.
         checkpoint: A folder that finished windows are kept in, and taken from where they are there;
-            None keeps none.
+            None keeps none. Where several processes run the pass they share one, which the
+            leading process writes.
     """
 
     samples: Samples
@@ -89,13 +91,15 @@ class ReconstructBlocks(Pass):
         from qcompiler.reconstruction.window_making import ReconstructionRun
 
         options = self.options
-        open_device(options.device)
+        team = context.team
+        device = team.device(options.device)
+        open_device(device)
         start = quantize_to_start(model, options.insert, context)
         before = edges(model)
-        checkpoint = self._checkpoint(start)
-        records = list(self._start(start, context, checkpoint))
+        checkpoint = self._checkpoint(start, team)
+        records = self._start(start, context, checkpoint)
         run = ReconstructionRun(
-            options.how, options.device, options.memory_budget // 4, options.padding_mask
+            options.how, device, options.memory_budget // 4, options.padding_mask, team
         )
         records += reconstruct_model(
             start, options.samples, run, context.store, context.progress, checkpoint
@@ -107,37 +111,56 @@ class ReconstructBlocks(Pass):
         skips = [record for record in records if isinstance(record, Skip)]
         return PassResult((*start.rewrites, *rewrites), (*start.skips, *skips))
 
-    def _checkpoint(self, start: "StartingPoint") -> "Checkpoint | None":
-        from qcompiler.reconstruction.checkpoint import Checkpoint, facts_of_run
+    def _checkpoint(self, start: "StartingPoint", team: Team) -> "Checkpoint | None":
+        from qcompiler.reconstruction.checkpoint import facts_of_run, shared_checkpoint
 
         options = self.options
         if options.checkpoint is None:
+            if team.size > 1:
+                message = "several processes need a folder to share, and have none"
+                raise InternalError(message, where=self.label)
             return None
         facts = facts_of_run(start, options.samples, [options.how, options.padding_mask])
-        return Checkpoint(options.checkpoint, facts)
+        return shared_checkpoint(options.checkpoint, facts, team)
 
     def _start(
         self, start: "StartingPoint", context: PassContext, checkpoint: "Checkpoint | None"
-    ) -> Iterator[Rewrite | Skip]:
-        """Give weights the codes that learning starts from."""
-        from qcompiler.reconstruction.rounding import RoundingRun, round_model
-        from qcompiler.reconstruction.rounding_records import records_of
+    ) -> list[Rewrite | Skip]:
+        """Give weights the codes that learning starts from; the leading process finds them."""
         from qcompiler.reconstruction.writing import contents, put_contents
 
-        options = self.options
-        if options.how.start is Start.NEAREST:
-            return
-        if checkpoint is not None and checkpoint.has_start(len(start.weights)):
+        records: list[Rewrite | Skip] = []
+        if self.options.how.start is Start.NEAREST:
+            return records
+
+        def take_kept() -> None:
+            assert checkpoint is not None
             for index, weight in enumerate(start.weights):
                 put_contents(weight, checkpoint.start(index), context.store)
-            return
+
+        def find() -> None:
+            if checkpoint is not None and checkpoint.has_start(len(start.weights)):
+                take_kept()
+                return
+            records.extend(self._rounded(start, context))
+            if checkpoint is not None:
+                for index, weight in enumerate(start.weights):
+                    checkpoint.put_start(index, contents(weight))
+
+        context.team.lead(find)
+        if context.team.size > 1:
+            context.team.agree(lambda: take_kept() if context.team.rank else None)
+        return records
+
+    def _rounded(self, start: "StartingPoint", context: PassContext) -> Iterator[Rewrite | Skip]:
+        from qcompiler.reconstruction.rounding import RoundingRun, round_model
+        from qcompiler.reconstruction.rounding_records import records_of
+
+        options = self.options
         run = RoundingRun(
-            device=options.device,
+            device=context.team.device(options.device),
             memory=options.memory_budget // 4,
             padding_mask=options.padding_mask,
         )
         for outcome in round_model(start, options.samples, run, context.store, context.progress):
             yield from records_of(outcome)
-        if checkpoint is not None:
-            for index, weight in enumerate(start.weights):
-                checkpoint.put_start(index, contents(weight))

@@ -35,8 +35,6 @@ _ROW_STEP: Final = 4
 """The range is looked for on one example in so many."""
 _OUTPUTS: Final = 256
 """Output channels of a weight that are looked at."""
-_STEPS: Final = 255
-"""Steps of 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,7 @@ class QuantizedProduct:
         self._rows_of = channels_of_rows(site, channels)
         scheme = scheme_of(site.node)
         self._activations = Activations.FLOAT if scheme is None else scheme.activations
+        self._steps = 255 if scheme is None else (1 << scheme.activation_bits) - 1
         if self._activations is Activations.STATIC:
             placed = QUANTIZED_INPUTS in site.node.metadata_props
             self._activations = Activations.STATIC if placed else Activations.FLOAT
@@ -105,9 +104,9 @@ class QuantizedProduct:
         return low, high
 
     @property
-    def treatment(self) -> tuple[int, Activations, int]:
+    def treatment(self) -> tuple[int, Activations, int, int]:
         """What decides the data that is multiplied: ops that agree in it share `data`."""
-        return id(self._examples), self._activations, self._outliers
+        return id(self._examples), self._activations, self._outliers, self._steps
 
     def data(self, scales: F64) -> F32:
         """Return the examples divided by `scales`, rounded where the data is going to be."""
@@ -155,23 +154,25 @@ class QuantizedProduct:
         return weight_matrix(self._site, weight)
 
     def _rounded(self, rows: F32, scales: F64) -> F32:
-        """Round data to 8 bits as calibration would, its outlier channels left alone."""
+        """Round data to its codes as calibration would, its outlier channels left alone."""
+        steps = self._steps
         ranges = self._examples.first_ranges
         factors = per_position(self._channels, scales)
         low, high = ranges.minimum / factors, ranges.maximum / factors
         if self._activations is Activations.DYNAMIC:
-            return _on_grid(rows, float(rows.min()), float(rows.max()))
+            return _on_grid(rows, float(rows.min()), float(rows.max()), steps)
         kept = np.zeros(len(low), np.bool_)
         kept[list(outlier_channels(low, high, self._outliers))] = True
         inner = ~kept if self._outliers else np.ones(rows.shape[-1], np.bool_)
         whole = float(low[~kept].min()), float(high[~kept].max())
         some = rows[:, ::_ROW_STEP, inner]
-        step = (max(whole[1], 0.0) - min(whole[0], 0.0)) / _STEPS
+        step = (max(whole[1], 0.0) - min(whole[0], 0.0)) / steps
         if median_magnitude(some) < self._two_terms_below * step:
-            return _in_two_terms(rows, float(low.min()), float(high.max()))
-        errors = [_on_grid(some, share * whole[0], share * whole[1]) - some for share in _SHARES]
-        share = _SHARES[int(np.argmin([float(np.square(error).sum()) for error in errors]))]
-        best = _on_grid(rows, share * whole[0], share * whole[1])
+            return _in_two_terms(rows, float(low.min()), float(high.max()), steps)
+        ends = [(share * whole[0], share * whole[1]) for share in _SHARES]
+        errors = [_on_grid(some, *end, steps) - some for end in ends]
+        nearest = int(np.argmin([float(np.square(error).sum()) for error in errors]))
+        best = _on_grid(rows, *ends[nearest], steps)
         return np.where(inner, best, rows) if self._outliers else best
 
     def _may_split(self) -> bool:
@@ -189,21 +190,21 @@ def channel_extremes(channels: Ids, ranges: ChannelRanges, count: int) -> tuple[
     return low, high, mean
 
 
-def _on_grid(rows: F32, low: float, high: float) -> F32:
-    """Round to the nearest of 256 numbers from `low` to `high`, one of which is 0."""
+def _on_grid(rows: F32, low: float, high: float, steps: int) -> F32:
+    """Round to the nearest of `steps + 1` numbers from `low` to `high`, one of which is 0."""
     low, high = min(low, 0.0), max(high, 0.0)
-    step = (high - low) / _STEPS
+    step = (high - low) / steps
     if step <= 0.0:
         return rows
     first = np.rint(low / step)
-    return np.asarray(np.clip(np.rint(rows / step), first, first + _STEPS) * step, np.float32)
+    return np.asarray(np.clip(np.rint(rows / step), first, first + steps) * step, np.float32)
 
 
-def _in_two_terms(rows: F32, low: float, high: float) -> F32:
+def _in_two_terms(rows: F32, low: float, high: float, steps: int) -> F32:
     """Round as `expand-residuals` does: what a step leaves out is there, what is clipped is not."""
-    codes = _on_grid(rows, low, high)
-    half = (max(high, 0.0) - min(low, 0.0)) / _STEPS / 2
-    return codes + _on_grid(rows - codes, -half, half)
+    codes = _on_grid(rows, low, high, steps)
+    half = (max(high, 0.0) - min(low, 0.0)) / steps / 2
+    return codes + _on_grid(rows - codes, -half, half, steps)
 
 
 def _some_outputs(site: Site, weight: F32) -> F32:

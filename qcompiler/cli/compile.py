@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcompiler.artefacts import CompileResult
     from qcompiler.options import CompileOptions
     from qcompiler.progress import Progress
+    from qcompiler.team import Team
 
 
 @click.command("compile")
@@ -112,6 +113,7 @@ def command(
 ) -> None:
     """Compile MODEL: quantize its weights and write OUT, OUT's report and its manifest."""
     from qcompiler.bounds import gate_from_texts
+    from qcompiler.cli.processes import leading_team
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
@@ -145,8 +147,13 @@ def command(
         **others,
     )
     try:
-        with terminal_progress() as progress:
-            result, no_script = _compile(model, options, output, progress, back_off=back_off)
+        with leading_team(model, options) as team:
+            if team is None:
+                return
+            with terminal_progress() as progress:
+                result, no_script = _compile(
+                    model, options, output, progress, team, back_off=back_off
+                )
     except GateFailedError as failure:
         publish(failure.verdict)
         raise
@@ -173,6 +180,7 @@ def _compile(
     options: "CompileOptions",
     output: Path | None,
     progress: "Progress",
+    team: "Team",
     *,
     back_off: bool,
 ) -> tuple["CompileResult", str | None]:
@@ -180,9 +188,15 @@ def _compile(
     from qcompiler.back_off import compile_backing_off
     from qcompiler.bundle import compile_bundle, is_bundle_name
     from qcompiler.compile import compile_model
+    from qcompiler.errors import UsageError
 
     if output is not None and is_bundle_name(output):
+        if team.size > 1:
+            message = "a bundle is made by one process"
+            hint = "write a .onnx file with several processes, or the bundle with one"
+            raise UsageError(message, where=str(output), hint=hint)
         bundle = compile_bundle(model, options, output, back_off=back_off, progress=progress)
         return bundle.model, bundle.no_script
-    compiled = compile_backing_off if back_off else compile_model
-    return compiled(model, options, output=output, progress=progress), None
+    if back_off and team.size == 1:
+        return compile_backing_off(model, options, output=output, progress=progress), None
+    return compile_model(model, options, output=output, progress=progress, team=team), None

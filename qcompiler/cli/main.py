@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from qcompiler.cli.processes import silence_followers
 from qcompiler.errors import QCompilerError, printable
 
 _COMMANDS = {
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    silence_followers(show_traceback=show_traceback)
     # A terminated run cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(_run(arguments, show_traceback))

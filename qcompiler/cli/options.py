@@ -254,6 +254,12 @@ def reconstruction_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--steps", type=click.IntRange(min=1), help="Steps in a window."),
         click.option(
+            "--calls-per-step",
+            type=click.IntRange(min=1),
+            help="Calls that cbq learns from in a step; processes of torchrun share them.  "
+            "[default: 1]",
+        ),
+        click.option(
             "--device",
             default="cpu",
             show_default=True,
@@ -274,6 +280,7 @@ def blocks_of(values: dict[str, Any]) -> "BlockReconstruction":
 
     blocks = PRESETS[Preset(values.pop("reconstruct_preset"))]
     said = {name: values.pop(name) for name in ("window", "overlap", "steps")}
+    said["batch"] = values.pop("calls_per_step")
     if said["window"] is not None and said["overlap"] is None:
         said["overlap"] = min(blocks.overlap, said["window"] - 1)
     return replace(blocks, **{name: value for name, value in said.items() if value is not None})

@@ -71,6 +71,8 @@ class QScheme:
     | `w3a16:b128`     | 3 bit, stored in 4              | float                   |
     | `w2a16:b64:asym` | 2 bit, blocks of 64, zero point | float                   |
     | `w8a8`           | 8 bit, per output channel       | 8 bit, calibrated       |
+    | `w4a8:b128`      | 4 bit, blocks of 128            | 8 bit, calibrated       |
+    | `w4a4`           | 4 bit, per output channel       | 4 bit, calibrated       |
     | `w8a8:tensor`    | 8 bit, one scale for all        | 8 bit, calibrated       |
     | `w8a8-dynamic`   | 8 bit, per output channel       | 8 bit, scaled per run   |
 
@@ -80,6 +82,7 @@ class QScheme:
         block_size: Elements per scale along the reduction axis; None is per output channel.
         symmetric: Whether weights have no zero point; None leaves the choice to the target.
         per_tensor: Whether one scale serves the whole weight; of 8 bits, without blocks.
+        activation_bits: Of calibrated activations: 8 or 4; otherwise it is not consulted.
     """
 
     weight_bits: int
@@ -87,9 +90,12 @@ class QScheme:
     block_size: int | None = None
     symmetric: bool | None = None
     per_tensor: bool = False
+    activation_bits: int = 8
 
     def __str__(self) -> str:
-        text = f"w{self.weight_bits}a{_TEXT_OF[self.activations]}"
+        static = self.activations is Activations.STATIC
+        kept = str(self.activation_bits) if static else _TEXT_OF[self.activations]
+        text = f"w{self.weight_bits}a{kept}"
         if self.block_size is not None:
             text += f":b{self.block_size}"
         if self.per_tensor:
@@ -111,11 +117,7 @@ class QScheme:
         return QSpec(qtype, granularity, self.symmetric, pairs)
 
 
-_TEXT_OF = {
-    Activations.FLOAT: "16",
-    Activations.DYNAMIC: "8-dynamic",
-    Activations.STATIC: "8",
-}
+_TEXT_OF = {Activations.FLOAT: "16", Activations.DYNAMIC: "8-dynamic"}
 _ACTIVATIONS = {text: activations for activations, text in _TEXT_OF.items()}
 
 FLOAT = "float"
@@ -127,6 +129,8 @@ SCHEME_FORMS = (
     "w8a8",
     "w8a8:tensor",
     "w8a8-dynamic",
+    "w4a8",
+    "w4a4",
     "w4a16:b32",
     "w4a16:b128",
     "w3a16:b128",
@@ -135,7 +139,7 @@ SCHEME_FORMS = (
 """Examples of every family, for messages and `--list schemes`; block sizes are free."""
 
 _PATTERN = re.compile(
-    r"w(?P<weight>[2348])a(?P<activation>16|8-dynamic|8)"
+    r"w(?P<weight>[2348])a(?P<activation>16|8-dynamic|8|4)"
     r"(?::b(?P<block>\d{1,6})|:(?P<tensor>tensor))?(?::(?P<symmetry>sym|asym))?"
 )
 
@@ -159,14 +163,17 @@ def parse_scheme(text: str) -> QScheme | None:
             hint=f"forms: {', '.join(SCHEME_FORMS)}; append :sym or :asym to fix the zero point",
         )
     block = int(match["block"]) if match["block"] else None
-    activations = _ACTIVATIONS[match["activation"]]
+    activations = _ACTIVATIONS.get(match["activation"], Activations.STATIC)
     if block is not None and (block < 16 or block & (block - 1)):
         message = f"block size {block} of {text!r} is not a power of two of at least 16"
         raise UsageError(message, hint="kernels exist for 16, 32, 64, 128, 256, ...")
     whole_bytes = match["weight"] == "8" and block is None
-    if activations is not Activations.FLOAT and not whole_bytes:
-        message = f"{text!r}: 8-bit activations need 8-bit weights per output channel"
-        raise UsageError(message, hint="use w8a8 or w8a8-dynamic")
+    if activations is Activations.DYNAMIC and not whole_bytes:
+        message = f"{text!r}: activations that are scaled per run need 8-bit weights per channel"
+        raise UsageError(message, hint="use w8a8-dynamic")
+    if activations is Activations.STATIC and match["weight"] == "8" and block is not None:
+        message = f"{text!r}: 8-bit weights that multiply integers have no blocks"
+        raise UsageError(message, hint="use w8a8")
     if match["tensor"] and match["weight"] != "8":
         message = f"{text!r}: one scale for a whole weight is too coarse below 8 bits"
         raise UsageError(message, hint=f"use w{match['weight']}a16:b128, or w8a8:tensor")
@@ -177,4 +184,5 @@ def parse_scheme(text: str) -> QScheme | None:
         block,
         symmetric,
         match["tensor"] is not None,
+        int(match["activation"]) if activations is Activations.STATIC else 8,
     )

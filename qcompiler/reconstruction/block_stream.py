@@ -12,6 +12,7 @@ from qcompiler.execution.torch.element_types import Array, to_torch
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.subgraph import subgraph_between
 from qcompiler.reconstruction.value_cache import ValueCache
+from qcompiler.team import Alone, Team, owns
 
 
 def open_device(name: str) -> torch.device:
@@ -49,6 +50,7 @@ class BlockStream:
         blocks: Sequence[Block],
         cache: ValueCache,
         device: torch.device,
+        team: Team | None = None,
     ) -> None:
         """Stand at the first block, without any call.
 
@@ -57,27 +59,38 @@ class BlockStream:
             blocks: A chain of blocks, from the graph's start; cut values by their names.
             cache: Where values go.
             device: Where blocks run.
+            team: Who computes which calls; None is all of them here.
         """
+        self._team = team or Alone()
         self._model = model
         self._blocks = tuple(blocks)
         self._cache = cache
         self._device = device
         self._at = 0
         self._calls = 0
+        self._own: list[int] = []
         self.stand_ins: dict[str, torch.Tensor] = {}
 
     def read(self, samples: Samples) -> None:
         """Take the calls from their source; inputs of the graph stay at hand for all blocks."""
         for call, feeds in enumerate(samples):
+            self._calls += 1
+            if not owns(self._team, call):
+                continue
+            self._own.append(call)
             for name, array in feeds.items():
                 is_text = array.dtype.kind in "UO"
                 self._cache.put(call, name, array if is_text else to_torch(array))
-            self._calls += 1
 
     @property
     def calls(self) -> int:
-        """Number of calls."""
+        """Number of calls, of the whole team."""
         return self._calls
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The calls that are computed here."""
+        return tuple(self._own)
 
     @property
     def block(self) -> Block:
@@ -97,14 +110,14 @@ class BlockStream:
         return {name: self._cache.get(call, name) for name in names}
 
     def values(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield some values of the block, or of a later one, for each call in order.
+        """Yield some values of the block, or of a later one, for each own call in order.
 
         What lies beyond the block runs with the codes that are there now.
         """
         program = self._program(names)
         known = set(program.value_names)
         replace = {name: new for name, new in self.stand_ins.items() if name in known}
-        for call in range(self._calls):
+        for call in self._own:
             feeds = self.kept(call, program.input_names)
             with torch.no_grad():
                 results = program(feeds, replace=replace)
@@ -117,7 +130,8 @@ class BlockStream:
         """
         block = self.block
         if block.output is not None:
-            for call, values in enumerate(self.values([block.output])):
+            found = self.values([block.output])
+            for call, values in zip(self._own, found, strict=True):
                 self._cache.put(call, block.output, values[block.output])
                 if block.input is not None:
                     self._cache.drop(call, block.input)

@@ -24,6 +24,7 @@ from qcompiler.ir.provenance import FLOAT_MS, QUANTIZED_MS
 from qcompiler.ir.weights import disk_errors, read_all
 from qcompiler.reconstruction.starting_point import StartingPoint, edges
 from qcompiler.rewriting.window_record import WindowRewrite
+from qcompiler.team import Team
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -131,10 +132,35 @@ def _write(path: Path, data: bytes) -> None:
     new.replace(path)
 
 
-def _compare(folder: Path, path: Path, facts: Mapping[str, str]) -> None:
+def shared_checkpoint(folder: Path, facts: Mapping[str, str], team: Team) -> Checkpoint:
+    """Open a folder that several processes share; the leading one makes it.
+
+    Raises:
+        UsageError: As `Checkpoint`, or a process does not see what the leading one sees.
+    """
+    team.lead(lambda: Checkpoint(folder, facts))
+
+    def opened() -> Checkpoint:
+        path = folder / _FINGERPRINT
+        if not path.exists():
+            message = "the folder that the processes share cannot be seen by all of them"
+            raise UsageError(message, where=str(folder), hint="write to a disk that all have")
+        if team.rank and (other := _differing(path, facts)):
+            message = f"process {team.rank} reads another {' and '.join(other)} than process 0"
+            hint = "model and samples must be the same each time they are read"
+            raise UsageError(message, hint=hint)
+        return Checkpoint(folder, facts)
+
+    return team.agree(opened)
+
+
+def _differing(path: Path, facts: Mapping[str, str]) -> list[str]:
     known = json.loads(path.read_text(encoding="utf-8"))
-    other = [name for name in facts if known.get(name) != facts[name]]
-    if other:
+    return [name for name in facts if known.get(name) != facts[name]]
+
+
+def _compare(folder: Path, path: Path, facts: Mapping[str, str]) -> None:
+    if other := _differing(path, facts):
         message = f"the folder holds windows of another {' and '.join(other)}"
         hint = "name another folder, or remove it to begin again"
         raise UsageError(message, where=str(folder), hint=hint)

@@ -60,18 +60,32 @@ def total_loss(
     targets: Sequence[Sequence[Tensor]],
     terms: LossTerms,
     keep: Tensor | None,
+    calls: int = 1,
 ) -> Tensor:
-    """Return the mean over several targets of the sum over several outputs.
+    """Return the mean over calls and over several targets of the sum over several outputs.
+
+    Every call counts by itself, so that it makes no difference which calls are joined.
 
     Args:
         found: Outputs.
         targets: What they should be, once for every branch.
         terms: What counts how much.
         keep: Which tokens count.
+        calls: How many calls were joined along the first axis of all of these.
     """
+    if calls > 1:
+        shares = zip(*(_split(each, calls) for each in (found, *targets)), strict=True)
+        masks = [None] * calls if keep is None else keep.chunk(calls)
+        parts = zip(shares, masks, strict=True)
+        return torch.stack([total_loss(own, rest, terms, m) for (own, *rest), m in parts]).mean()
     losses = [
         window_loss(one, other, terms, keep)
         for branch in targets
         for one, other in zip(found, branch, strict=True)
     ]
     return torch.stack(losses).sum() / len(targets)
+
+
+def _split(outputs: Sequence[Tensor], calls: int) -> list[tuple[Tensor, ...]]:
+    """Return the outputs of each call."""
+    return list(zip(*(each.chunk(calls) for each in outputs), strict=True))

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 
 from qcompiler.calibration.calls import Samples
+from qcompiler.errors import UsageError
 from qcompiler.ir.weights import WeightStore
 from qcompiler.progress import Advance, Progress
 from qcompiler.reconstruction.checkpoint import Arrays, Checkpoint
@@ -15,7 +17,7 @@ from qcompiler.reconstruction.starting_point import StartingPoint
 from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.value_cache import ValueCache
 from qcompiler.reconstruction.window_making import ReconstructionRun, WindowMaker
-from qcompiler.reconstruction.window_training import improves
+from qcompiler.reconstruction.window_training import WindowTrainer, improves
 from qcompiler.reconstruction.windows import Window, cut_windows
 from qcompiler.reconstruction.writing import note_quality, put_contents, put_step
 from qcompiler.rewriting.base import Rewrite, Skip
@@ -40,7 +42,8 @@ def reconstruct_model(
         run: How.
         store: Where new codes go.
         progress: Where it is shown.
-        checkpoint: Where finished windows are kept, and those that are there taken from.
+        checkpoint: Where finished windows are kept, and those that are there taken from. A team
+            has one, whose leading process writes.
 
     Returns:
         A `WindowRewrite` for each window, in order; a skip for each that was left as it was, and
@@ -48,8 +51,8 @@ def reconstruct_model(
 
     Raises:
         ModelError: No gradient passes through a window.
-        UsageError: The device cannot be used, memory does not suffice for one call, or the disk
-            is full.
+        UsageError: The device cannot be used, memory does not suffice for one call, there are fewer
+            calls than processes, or the disk is full.
     """
     with (
         ValueCache(store.directory, run.memory // 2) as cache,
@@ -76,12 +79,20 @@ class _Reconstruction:
         self._checkpoint = checkpoint
         self._start = start
         self._run = run
+        self._team = run.team
         self._store = store
         self._maker = WindowMaker(start, run, caches)
         self._places = self._maker.places
         self._windows = self._cut()
         if self._windows:
-            self._maker.read(samples)
+            self._team.agree(lambda: self._read(samples))
+
+    def _read(self, samples: Samples) -> None:
+        self._maker.read(samples)
+        calls = len(self._maker.split()[0])
+        if calls < self._team.size:
+            message = f"{self._team.size} processes cannot share {calls} calls to learn from"
+            raise UsageError(message, hint="start fewer processes, or give more samples")
 
     def _cut(self) -> list[Window]:
         span = self._places.span()
@@ -94,7 +105,7 @@ class _Reconstruction:
 
     def run(self, progress: Progress) -> list[Rewrite | Skip]:
         """Go through all windows that no checkpoint holds."""
-        found = self._resume()
+        found = self._team.agree(self._resume)
         steps = self._run.how.steps
         with progress.task("reconstructing blocks", len(self._windows) * steps) as advance:
             advance(len(found) * steps)
@@ -106,7 +117,7 @@ class _Reconstruction:
                         window_too(amount)
 
                     found.append(self._reconstruct(window, both))
-                self._finish(window, found[-1])
+                self._team.agree(partial(self._finish, window, found[-1]))
         return [*found, *(_left_alone(record) for record in found if not record.kept)]
 
     def skips(self) -> Iterator[Skip]:
@@ -157,9 +168,7 @@ class _Reconstruction:
 
     def _reconstruct(self, window: Window, advance: Advance) -> WindowRewrite:
         begin = time.perf_counter()
-        forget_peak(self._maker.device)
-        self._maker.stand_at(window)
-        trainer = self._maker.trainer(window)
+        trainer = self._team.agree(lambda: self._trainer(window))
         trainee = trainer.trainee
         learned, held_out = self._maker.split()
         state = trainee.state()
@@ -189,6 +198,11 @@ class _Reconstruction:
             peak_of(self._maker.device),
         )
 
+    def _trainer(self, window: Window) -> WindowTrainer:
+        forget_peak(self._maker.device)
+        self._maker.stand_at(window)
+        return self._maker.trainer(window)
+
     def _finish(self, window: Window, record: WindowRewrite) -> None:
         """Write what no later window will change, and forget it."""
         written: Arrays = {}
@@ -203,7 +217,7 @@ class _Reconstruction:
             array = self._maker.forget_step(step).value().detach().cpu().numpy()
             put_step(step.scale, array, self._store)
             written[f"step {step.name}"] = array
-        if self._checkpoint is not None:
+        if self._checkpoint is not None and not self._team.rank:
             carried = {
                 f"{key}.{at}": each.numpy()
                 for trained, key in self._held(window)

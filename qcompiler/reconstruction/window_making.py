@@ -21,6 +21,7 @@ from qcompiler.reconstruction.value_cache import ValueCache
 from qcompiler.reconstruction.window_data import Branches, Fed, WindowData, can_join
 from qcompiler.reconstruction.window_training import Trainee, WindowTrainer
 from qcompiler.reconstruction.windows import Places, StepSize, Window
+from qcompiler.team import Alone, Team
 
 _HELD_OUT: Final = 8
 """One call of so many is not learned from, and judges what was learned."""
@@ -46,12 +47,14 @@ class ReconstructionRun:
         device: Where windows run.
         memory: Bytes of values between blocks that may stay in memory; the others go to disk.
         padding_mask: Name of an input `[batch, tokens]` that is 0 where a token does not count.
+        team: Who computes which calls.
     """
 
     how: BlockReconstruction = field(default_factory=BlockReconstruction)
     device: str = "cpu"
     memory: int = 512 << 20
     padding_mask: str | None = "attention_mask"
+    team: Team = field(default_factory=Alone)
 
 
 class WindowMaker:
@@ -78,8 +81,8 @@ class WindowMaker:
         self.device = open_device(run.device)
         self.blocks = start.layers if run.how.layers else start.blocks
         self.places = Places(start, self.blocks)
-        self._student = BlockStream(start.model, self.blocks, caches[0], self.device)
-        self._teacher = BlockStream(start.original, self.blocks, caches[1], self.device)
+        self._student = BlockStream(start.model, self.blocks, caches[0], self.device, run.team)
+        self._teacher = BlockStream(start.original, self.blocks, caches[1], self.device, run.team)
         self._weights: dict[CodedWeight, TrainedWeight] = {}
         self._steps: dict[str, TrainedStep] = {}
 
@@ -120,7 +123,7 @@ class WindowMaker:
         if how.logits and window.stop == len(self.blocks):
             terms = LossTerms(0.0, 1.0)
         data = self._data(window, trainee)
-        return WindowTrainer(trainee, data, how, terms)
+        return WindowTrainer(trainee, data, how, terms, self._run.team)
 
     def _program(self, model: ir.Model, window: Window, dtype: torch.dtype) -> Program:
         cut = self.blocks[window.start].input
@@ -151,7 +154,7 @@ class WindowMaker:
         def run(given: Fed) -> list[Tensor]:
             return trainee.run(given, *trainee.hard())
 
-        some = [feeds(call) for call in range(min(2, self._student.calls))]
+        some = [feeds(call) for call in self._student.own[:2]]
         joins = self._run.how.batch > 1 and len(some) > 1 and can_join(run, some)
         return WindowData(feeds, targets, self._tokens, joins=joins)
 

@@ -17,6 +17,7 @@ from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.trained_steps import TrainedStep
 from qcompiler.reconstruction.trained_weights import TrainedWeight
 from qcompiler.reconstruction.window_data import Batch, WindowData
+from qcompiler.team import Alone, Team, owns
 
 _HALF_SCALE: Final = 1024.0
 """What losses are multiplied by where float16 would lose small gradients."""
@@ -89,6 +90,7 @@ class WindowTrainer:
         data: WindowData,
         settings: BlockReconstruction,
         terms: LossTerms,
+        team: Team | None = None,
     ) -> None:
         """Prepare the optimizer.
 
@@ -97,7 +99,10 @@ class WindowTrainer:
             data: What it is taught.
             settings: How.
             terms: The loss.
+            team: Who computes which calls; None is all of them here. What is learned is the same
+                everywhere after each step.
         """
+        self._team = team or Alone()
         self._terms = terms
         self.trainee = trainee
         self._data = data
@@ -121,7 +126,8 @@ class WindowTrainer:
                 loss = self._loss(batch, values, steps)
             total.add_(loss.cpu().double() * batch.calls)
 
-        self._each_batch(calls, add, lambda: total.zero_())
+        self._team.agree(lambda: self._each_batch(self._own(calls), add, lambda: total.zero_()))
+        self._team.add_up([total])
         return float(total) / len(calls)
 
     def train(self, calls: Sequence[int], seed: int, advance: Advance) -> None:
@@ -133,15 +139,23 @@ class WindowTrainer:
             advance: Told of every step.
         """
         batch = min(self._settings.batch, len(calls))
-        order = _order(calls, self._settings.steps * batch, seed)
+        order = _order(calls, self._settings.steps, batch, seed)
         for step in range(self._settings.steps):
             share = 0.5 * (1 + cos(pi * step / self._settings.steps))
             if self._settings.rounding is Rounding.SOFT:
                 share = 1.0  # the regularizer decides last, and needs rates to do so
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * share
-            self._step(order[step * batch : (step + 1) * batch], step)
+            self._step(order[step], step)
             advance(1)
+        # Sums are equal everywhere, and so should be all that is made of them; this makes sure.
+        self._team.take_over([each.detach() for each in self._parameters()])
+
+    def _parameters(self) -> list[Tensor]:
+        return [each for group in self._optimizer.param_groups for each in group["params"]]
+
+    def _own(self, calls: Sequence[int]) -> list[int]:
+        return [call for call in calls if owns(self._team, call)]
 
     def _step(self, calls: Sequence[int], step: int) -> None:
         trainee = self.trainee
@@ -167,7 +181,7 @@ class WindowTrainer:
             for leaf in leaves:
                 leaf.grad = None
 
-        self._each_batch(calls, add, forget)
+        self._team.agree(lambda: self._each_batch(self._own(calls), add, forget))
         self._optimizer.zero_grad()
         self._carry_back(made, leaves, scale, step)
 
@@ -175,18 +189,26 @@ class WindowTrainer:
         self, made: Sequence[Tensor], leaves: Sequence[Tensor], scale: float, step: int
     ) -> None:
         """Take gradients from weights to what they are made of, and make a step."""
-        reached = [
-            (m, leaf.grad) for m, leaf in zip(made, leaves, strict=True) if leaf.grad is not None
-        ]
-        gradients = [gradient.to(m.dtype) / scale for m, gradient in reached]
+        pairs = zip(made, leaves, strict=True)
+        found = [None if leaf.grad is None else leaf.grad.to(m.dtype) / scale for m, leaf in pairs]
+        overflow = scale != 1 and not all(bool(g.isfinite().all()) for g in found if g is not None)
+        flags = torch.tensor([*(g is not None for g in found), overflow], dtype=torch.int32)
+        self._team.add_up([flags])
+        *anywhere, overflows = flags.tolist()
         # Half floats overflow now and then; that step is left out.
-        if scale != 1 and not all(bool(g.isfinite().all()) for g in gradients):
+        if overflows:
             return
+        reached = [m for m, somewhere in zip(made, anywhere, strict=True) if somewhere]
+        kept = [g for g, somewhere in zip(found, anywhere, strict=True) if somewhere]
+        gradients = [
+            torch.zeros_like(m) if g is None else g for m, g in zip(reached, kept, strict=True)
+        ]
         penalty = self._penalty(step)
-        extra: list[Tensor] = [] if penalty is None else [penalty]
-        torch.autograd.backward(
-            [*(m for m, _ in reached), *extra], [*gradients, *(torch.ones_like(e) for e in extra)]
-        )
+        if penalty is not None:
+            reached.append(penalty)
+            gradients.append(torch.full_like(penalty, 1 / self._team.size))
+        torch.autograd.backward(reached, gradients)
+        self._team.add_up([p.grad for p in self._parameters() if p.grad is not None])
         self._optimizer.step()
         for each in self.trainee.learned():
             each.confine()
@@ -207,7 +229,7 @@ class WindowTrainer:
 
     def _loss(self, batch: Batch, values: Sequence[Tensor], steps: Sequence[Tensor]) -> Tensor:
         found = self.trainee.run(batch.feeds, values, steps)
-        return total_loss(found, batch.targets, self._terms, batch.keep)
+        return total_loss(found, batch.targets, self._terms, batch.keep, batch.calls)
 
     def _each_batch(
         self, calls: Sequence[int], work: Callable[[Batch], None], forget: Callable[[], object]
@@ -249,13 +271,22 @@ def _groups(trainee: Trainee, settings: BlockReconstruction) -> dict[float, list
     return found
 
 
-def _order(calls: Sequence[int], count: int, seed: int) -> list[int]:
-    """Return calls in random order, all of them before one comes again."""
+def _order(calls: Sequence[int], steps: int, batch: int, seed: int) -> list[list[int]]:
+    """Return the calls of each step, in random order.
+
+    The first call of a step is one of `calls[0::batch]`, the second one of `calls[1::batch]`, and
+    so on, and all of these come before one comes again: processes that take turns with the calls
+    have equally much to do in every step.
+    """
     random = torch.Generator().manual_seed(seed)
-    found: list[int] = []
-    while len(found) < count:
-        found += [calls[index] for index in torch.randperm(len(calls), generator=random).tolist()]
-    return found
+    columns: list[list[int]] = []
+    for first in range(batch):
+        some, column = calls[first::batch], list[int]()
+        while len(column) < steps:
+            order = torch.randperm(len(some), generator=random).tolist()
+            column += [some[index] for index in order]
+        columns.append(column[:steps])
+    return [list(each) for each in zip(*columns, strict=True)]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompiler.ir.weights import WeightStore
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.rewriting.stages import Stage
+from qcompiler.team import Alone, Team
 
 
 class Numerics(StrEnum):
@@ -95,11 +96,13 @@ class PassContext:
         store: Where large tensors that a pass makes go; the model holds references.
         progress: Where long work shows how far it is.
         workers: Threads a pass may use.
+        team: Processes that run the same pass on the same model at the same time.
     """
 
     store: WeightStore
     progress: Progress = field(default_factory=SilentProgress)
     workers: int = 1
+    team: Team = field(default_factory=Alone)
 
 
 class Pass(ABC):

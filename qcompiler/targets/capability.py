@@ -137,6 +137,7 @@ class Target:
         known_processors: What else can be named instead.
         tuned: Whether `processors` were named, so that what does not pay off there is left out.
         engine: What builds engines for it, by its name in `export.to_tensorrt`; None is nobody.
+        emulated: Whether it is no runtime, but the arithmetic of the ONNX standard.
     """
 
     name: str
@@ -160,11 +161,16 @@ class Target:
     known_processors: tuple[Processor, ...] = ()
     tuned: bool = False
     engine: str | None = None
+    emulated: bool = False
 
     @property
     def runs_here(self) -> bool:
         """Whether ONNX Runtime is the runtime, so that kernels and latency can be looked at."""
-        return self.engine is None
+        return self.engine is None and not self.emulated
+
+    def has_integers(self, scheme: QScheme) -> bool:
+        """Whether any op can have the weights of a scheme and its calibrated activations."""
+        return any(row.multiplies(scheme) for row in self.rows)
 
 
 def resolve(target: Target, request: SchemeRequest) -> Resolution:
@@ -224,13 +230,7 @@ def _unless_compute_bound(target: Target, row: Row, request: SchemeRequest) -> R
 
 
 def _rows_for(target: Target, request: SchemeRequest) -> list[Row]:
-    return [
-        row
-        for row in target.rows
-        if request.op in row.ops
-        and request.scheme.weight_bits in row.weight_bits
-        and request.scheme.activations is row.activations
-    ]
+    return [row for row in target.rows if request.op in row.ops and row.multiplies(request.scheme)]
 
 
 def _instead(target: Target, request: SchemeRequest, complaint: str) -> Resolution:

@@ -7,12 +7,16 @@ from typing import Final
 
 from qcompiler.errors import UsageError
 from qcompiler.targets.capability import Target
+from qcompiler.targets.emulation import EMULATION
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
 from qcompiler.targets.processors import processor_of
 from qcompiler.targets.tensorrt import TENSORRT_10, TENSORRT_11, TENSORRT_RTX
 
 TARGETS: Final = MappingProxyType(
-    {target.name: target for target in (ONNXRUNTIME, TENSORRT_10, TENSORRT_11, TENSORRT_RTX)}
+    {
+        target.name: target
+        for target in (ONNXRUNTIME, TENSORRT_10, TENSORRT_11, TENSORRT_RTX, EMULATION)
+    }
 )
 
 ALIASES: Final = MappingProxyType({"tensorrt": TENSORRT_11.name})

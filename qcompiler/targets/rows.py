@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qcompiler.quant.scheme import Activations
+from qcompiler.quant.scheme import Activations, QScheme
 
 OpType = tuple[str, str]
 """Operator domain ("" is ONNX's own) and name."""
@@ -48,6 +48,7 @@ class Row:
         per_tensor: Whether one scale for the whole weight is legal.
         weight_bound: Whether the row pays off only where reading weights takes longer than
             multiplying by them; it is asked where the processor is known.
+        activation_bits: Legal widths of calibrated activations.
     """
 
     rule: str
@@ -69,6 +70,16 @@ class Row:
     note: str = ""
     per_tensor: bool = False
     weight_bound: bool = False
+    activation_bits: tuple[int, ...] = (8,)
+
+    def multiplies(self, scheme: QScheme) -> bool:
+        """Whether it is about weights and activations of such bits."""
+        static = scheme.activations is Activations.STATIC
+        return (
+            scheme.weight_bits in self.weight_bits
+            and scheme.activations is self.activations
+            and (not static or scheme.activation_bits in self.activation_bits)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,48 @@ def test_int8_activations_are_quantized_too(method: str, calls: Path, tmp_path: 
 def test_samples_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("compile", DIGITS, "--reconstruct", "gptq", "-o", tmp_path / "x.onnx") == 2
     assert "needs samples" in capsys.readouterr().err
+
+
+def _two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "qcompiler.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+def test_two_processes_share_the_windows(calls: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "w2a16:b32", "--calibration", calls, "--reconstruct", "cbq")
+    common = (
+        DIGITS,
+        *options,
+        "--steps",
+        12,
+        "--calls-per-step",
+        2,
+        "--reconstruct-preset",
+        "fast",
+    )
+    assert status("compile", *common, "-o", tmp_path / "one.onnx") == 0
+    done = _two_processes(*common, "-o", tmp_path / "two.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 2, "one process speaks"
+    one, two = (
+        json.loads((tmp_path / f"{name}.report.json").read_text())["windows"]
+        for name in ("one", "two")
+    )
+    assert [w["blocks"] for w in one] == [w["blocks"] for w in two]
+    for key in ("loss_before", "loss_after"):
+        np.testing.assert_allclose([w[key] for w in one], [w[key] for w in two], rtol=1e-4)
+    found = {name: noise_db(tmp_path / f"{name}.onnx") for name in ("one", "two")}
+    assert found["one"] == pytest.approx(found["two"], abs=0.1)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_processes_with_nothing_to_share_are_refused(calls: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "w2a16:b32", "--calibration", calls, "--reconstruct", "cbq")
+    done = _two_processes(DIGITS, *options, "-o", tmp_path / "two.onnx")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "2 processes cannot share steps of 1 calls" in done.stderr
+    assert "--calls-per-step 2" in done.stderr
+    assert not list(tmp_path.iterdir())

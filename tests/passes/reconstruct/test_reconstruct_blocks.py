@@ -123,7 +123,7 @@ def test_outputs_are_nearer_than_those_of_gptq_with_the_same_nodes(tmp_path: Pat
     ),
 )
 def test_every_way_to_learn_brings_outputs_nearer(how: BlockReconstruction, tmp_path: Path) -> None:
-    calls = token_calls(12)
+    calls = token_calls(13)
     truth, model, start = _planned(layers=2), _planned(layers=2), _planned(layers=2)
     if how.start is Start.GPTQ:
         rounded(start, calls, tmp_path)
@@ -134,7 +134,7 @@ def test_every_way_to_learn_brings_outputs_nearer(how: BlockReconstruction, tmp_
     assert all(np.isfinite(window.loss_after) for window in windows)
     changed = any(window.flipped for window in windows)
     assert changed == (how.learned is not Learned.STEP_SIZES)
-    unseen = token_calls(16)[12:]
+    unseen = token_calls(17)[13:]
     assert outputs_error(model, truth, unseen) < 0.97 * outputs_error(start, truth, unseen)
 
 
