@@ -86,7 +86,7 @@ EMULATION: Final = Target(
             weight_bits=(8,),
             activations=Activations.DYNAMIC,
             reason="scales that come from the run are not emulated: give --calibration DATA, w8a8",
-            source="design",
+            source=_SOURCE,
         ),
     ),
     substitutes=(
