@@ -26,7 +26,7 @@ _KERNEL: Final = "the float op on what DequantizeLinear gives"
 _SOURCE: Final = (
     "read: the ONNX standard; measured: equal to integer arithmetic on one net (test_emulation.py)"
 )
-_NOTE: Final = "computed in float, for studies: no runtime here has integer arithmetic for it"
+_NOTE: Final = "computed in float, for studies: nothing gets faster"
 
 
 def _row(
