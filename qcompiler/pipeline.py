@@ -23,6 +23,7 @@ from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.passes.equalize.suppress_outliers import SuppressOptions, SuppressOutliers
 from qcompiler.passes.lower.cast_types import CastTypes, CastTypesOptions
 from qcompiler.passes.lower.center_activations import CenterActivations
 from qcompiler.passes.lower.decode_at_load import DecodeAtLoad
@@ -49,6 +50,7 @@ from qcompiler.passes.reconstruct.reconstruct_blocks import (
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
 from qcompiler.plan import Plan
 from qcompiler.quant.compute_type import ComputeType
+from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.rewriting.base import Pass
 
@@ -107,6 +109,17 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
             options.memory_budget,
             plan.custom_op_libraries,
         )
+    )
+
+
+def _suppress_outliers(plan: Plan) -> SuppressOutliers:
+    options, data = plan.calibration, plan.data
+    if options is None or data is None:
+        message = "suppress-outliers needs samples"
+        raise UsageError(message, hint="give --calibration DATA, and --equalize cfp")
+    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    return SuppressOutliers(
+        SuppressOptions(samples, plan.weight_range, options.memory_budget, plan.custom_op_libraries)
     )
 
 
@@ -259,6 +272,7 @@ _QUANTIZING: dict[type[Pass], PassFactory] = {
     AssignSchemes: lambda plan: AssignSchemes(AssignOptions(plan.recipe, plan.target)),
     PlaceQuantizers: lambda plan: PlaceQuantizers(PlaceOptions(plan.target.placement)),
     EqualizeChannels: _equalize_channels,
+    SuppressOutliers: _suppress_outliers,
     Calibrate: lambda plan: Calibrate(_calibrate_options(plan)),
     DropSlowRegions: _drop_slow_regions,
     AssignFallbacks: _assign_fallbacks,
@@ -344,6 +358,8 @@ def pipeline(plan: Plan) -> list[Pass]:
     left_out: frozenset[type[Pass]] = frozenset() if plan.static else _STATIC
     if plan.calibration is None or plan.equalization.method is None:
         left_out |= {EqualizeChannels}
+    if plan.calibration is None or plan.equalization.method is not EqualizationMethod.CFP:
+        left_out |= {SuppressOutliers}
     # Rounding inserts for itself: it compares with the float model it began with.
     reconstructing = plan.reconstruct is not Reconstruction.NONE
     left_out |= frozenset(_INSERTING) if reconstructing else frozenset()
@@ -358,7 +374,7 @@ def pipeline(plan: Plan) -> list[Pass]:
     if plan.recipe.islands is None:
         left_out |= {AssignIslands}
     if not plan.quantizing:
-        left_out |= {EqualizeChannels, CorrectBias}
+        left_out |= {EqualizeChannels, SuppressOutliers, CorrectBias}
     quantizing = [kind for kind in _QUANTIZING if kind not in left_out]
     remaining = [*_intake(plan), *_casting(plan), *_lowering(plan), *_VERIFYING]
     return passes + _made([*quantizing, *remaining], plan)

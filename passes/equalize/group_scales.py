@@ -16,8 +16,10 @@ from qcompiler.quant.equalization import (
     ALPHAS,
     EXPONENTS,
     EXPONENTS_OF_DATA,
+    EXPONENTS_OF_OUTLIERS,
     EqualizationMethod,
     balanced_scales,
+    outlier_scales,
     powers_of_two,
     salience_scales,
 )
@@ -87,8 +89,8 @@ def choose_scales(
     """Try scales on a group's ops as they are going to be quantized, and return the best.
 
     Half of the calls say which range the data has; on the others it may be exceeded, and scales
-    that leave no room anywhere lose. With the method `auto` they also decide whether the best
-    scales are better than leaving the group as it is.
+    that leave no room anywhere lose. With `auto` and `cfp` they also decide whether the best scales
+    are better than leaving the group as it is.
     """
     products = [
         QuantizedProduct(
@@ -105,7 +107,7 @@ def choose_scales(
     plain = _noise(products, np.ones(group.count))
     noises = {label: _noise(products, scales) for label, scales in candidates.items()}
     best = min(noises, key=lambda label: noises[label].fit + noises[label].judge)
-    judged = options.method is EqualizationMethod.AUTO
+    judged = options.method in (EqualizationMethod.AUTO, EqualizationMethod.CFP)
     if judged and noises[best].judge > _LEAST_GAIN * plain.judge:
         return Choice("none", np.ones(group.count), plain.judge, noises[best].judge)
     return Choice(best, candidates[best], plain.judge, noises[best].judge)
@@ -128,6 +130,9 @@ def _candidates(
     if method is EqualizationMethod.SMOOTHQUANT_SEARCHED or (everything and quantized):
         for alpha in ALPHAS:
             yield f"smoothquant {alpha:g}", balanced_scales(size, weight_size, alpha)
+    if method is EqualizationMethod.CFP:
+        for exponent in EXPONENTS_OF_OUTLIERS:
+            yield f"cfp {exponent:g}", outlier_scales(size, exponent)
     if method is EqualizationMethod.AWQ or everything:
         alone = method is EqualizationMethod.AWQ or not quantized
         for exponent in EXPONENTS if alone else EXPONENTS_OF_DATA:

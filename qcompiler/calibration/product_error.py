@@ -86,7 +86,7 @@ class QuantizedProduct:
         whole = np.asarray(read_all(weight), np.float32)
         matrix = self._matrix(whole)
         self._extremes = matrix.min(axis=2), matrix.max(axis=2)
-        self._weight = _some_outputs(site, whole)
+        self._weight = some_outputs(site, whole)
         self._exact = examples.rows @ self._matrix(self._weight)
 
     @property
@@ -120,7 +120,7 @@ class QuantizedProduct:
         split = self._examples.split
         return Noise(
             *(
-                _ratio(error[:, part], self._exact[:, part])
+                noise_ratio(error[:, part], self._exact[:, part])
                 for part in (slice(split), slice(split, None))
             )
         )
@@ -207,7 +207,7 @@ def _in_two_terms(rows: F32, low: float, high: float, steps: int) -> F32:
     return codes + _on_grid(rows - codes, -half, half, steps)
 
 
-def _some_outputs(site: Site, weight: F32) -> F32:
+def some_outputs(site: Site, weight: F32) -> F32:
     """Return a weight with some of its output channels, where each has scales of its own."""
     axis = site.axes.output
     grouped = int_attribute(site.node, "group", 1) > 1
@@ -219,7 +219,7 @@ def _some_outputs(site: Site, weight: F32) -> F32:
     return np.ascontiguousarray(weight.take(chosen, axis=axis))
 
 
-def _ratio(error: F32, exact: F32) -> float:
+def noise_ratio(error: F32, exact: F32) -> float:
     """Return the mean over examples of the energy of the error over that of the product.
 
     Every example counts, however large: on some tokens of language models values are a thousand

@@ -191,7 +191,7 @@ def equalization_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--equalize",
             type=click.Choice(
-                ["auto", "aweq", "smoothquant", "smoothquant-searched", "awq", "none"]
+                ["auto", "aweq", "smoothquant", "smoothquant-searched", "awq", "cfp", "none"]
             ),
             help="Which scales move range between data and weights; auto tries all and takes one "
             "only where it helps.  [default: the recipe's, or auto]",

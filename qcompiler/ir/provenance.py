@@ -59,6 +59,8 @@ ACTIVATION_SQNR: Final = "qcompiler.activation_sqnr_db"
 """On such a value: signal to rounding noise ratio on the samples, in dB, without its outliers."""
 EQUALIZED: Final = "qcompiler.equalized"
 """On a node whose data was equalized, or considered for it: with which scales."""
+SUPPRESSED: Final = "qcompiler.suppressed"
+"""On a node whose weight was looked at for outliers: how many were cut off, and what that did."""
 BIAS_CORRECTED: Final = "qcompiler.bias_corrected"
 """On a node whose bias was corrected, or considered for it: SQNR of its result on held-out calls,
 in dB, without and with the correction."""

@@ -11,6 +11,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.quant.outlier_detection import ordinary_limit
+
 F64 = npt.NDArray[np.float64]
 
 LARGEST_SCALE: Final = 1e3
@@ -21,6 +23,9 @@ EXPONENTS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Exponents that are tried for weights alone."""
 
 
+EXPONENTS_OF_OUTLIERS: Final = (0.5, 0.7)
+"""Those that are tried for channels that are outliers: the paper's, and that of its authors' tool
+(Huawei msModelSlim)."""
 EXPONENTS_OF_DATA: Final = (0.7,)
 """Those of them that are tried where the data is rounded too: what is typical of a channel then
 decides, and a channel that is large on few tokens may stay in float."""
@@ -40,6 +45,10 @@ class EqualizationMethod(StrEnum):
     With alpha 0.5 and symmetric ranges AWEQ is the same."""
     SMOOTHQUANT_SEARCHED = "smoothquant-searched"
     """The same with the alpha of least output error, group by group."""
+    CFP = "cfp"
+    """`sqrt(max|x| / limit)` for channels beyond the limit of ordinary ones, 1 for all others
+    (coarse-to-fine pre-processing; Ding et al. 2023, CBQ, arXiv 2312.07950); weights beyond such a
+    limit are cut off. Nothing is taken that does not leave a smaller output error."""
     AWQ = "awq"
     """`mean|x|^a` with the exponent of least output error, made for weights alone (Lin et al. 2023,
     arXiv 2306.00978)."""
@@ -89,6 +98,26 @@ def salience_scales(magnitude: F64, exponent: float) -> F64:
     scales = np.ones_like(magnitude)
     scales[free] = magnitude[free] ** exponent
     return guarded(scales, free)
+
+
+def outlier_scales(magnitude: F64, exponent: float) -> F64:
+    """Return `(magnitude / limit)^exponent` of channels beyond the limit, and exactly 1 of others.
+
+    Args:
+        magnitude: `[channels]` largest magnitudes of the activation.
+        exponent: 0 to 1.
+
+    Returns:
+        `[channels]` scales, from 1 to `LARGEST_SCALE`.
+    """
+    scales = np.ones_like(magnitude)
+    free = np.isfinite(magnitude) & (magnitude > 0)
+    if np.any(free):
+        limit = ordinary_limit(magnitude[free])
+        beyond = free & (magnitude > limit)
+        if limit > 0:
+            scales[beyond] = (magnitude[beyond] / limit) ** exponent
+    return np.minimum(scales, LARGEST_SCALE)
 
 
 def guarded(scales: F64, free: npt.NDArray[np.bool_]) -> F64:

@@ -55,6 +55,14 @@ def test_both_end_with_what_one_alone_learns(folder: Path, tmp_path: Path) -> No
     assert any(each.flipped for each in windows), "codes were learned, too"
 
 
+def test_finished_windows_are_taken_up_by_both(folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "windows").glob("0*.json")) == [
+        "00000.json",
+        "00001.json",
+    ]
+    assert all(_seen(folder, rank)["resumed"] for rank in (0, 1))
+
+
 def test_sums_are_over_both(folder: Path) -> None:
     assert [_seen(folder, rank)["sum"] for rank in (0, 1)] == [[3.0, 3.0]] * 2
 

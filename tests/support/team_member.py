@@ -102,6 +102,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined_team(int(os.environ["LOCAL_RANK"]), "cpu") as team:
         model, windows = reconstruct(team, folder)
+        again, _ = reconstruct(team, folder)
         numbers = [torch.full((2,), float(team.rank + 1))]
         team.add_up(numbers)
         if team.rank == 0:
@@ -111,6 +112,10 @@ def main(folder: Path) -> None:
             "refusals": _refusals(team, folder),
             "losses": [[each.loss_before, each.loss_after] for each in windows],
             "kept": [each.kept for each in windows],
+            "resumed": all(
+                np.array_equal(array, arrays_of(again)[name])
+                for name, array in arrays_of(model).items()
+            ),
             "sum": numbers[0].tolist(),
         }
     (folder / f"{team.rank}.json").write_text(json.dumps(seen))

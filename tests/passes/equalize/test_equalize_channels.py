@@ -97,6 +97,30 @@ def test_rewrites_constants_and_keeps_numerics(method: str, tmp_path: Path) -> N
     assert_parity(normed(), after, tolerance=1e-5)
 
 
+def test_cfp_scales_channels_that_are_outliers_and_no_others(tmp_path: Path) -> None:
+    after = normed()
+    data = data_of(after)
+    (rewrite,) = run_pass(equalize("cfp", outlier_limit=0), after, tmp_path).rewrites
+    ratio = weights()["g"] / initializer(after, "g")
+    others = [channel for channel in range(WIDTH) if channel not in OUTLIERS]
+    assert np.all(ratio[others] == 1)
+    sizes = np.abs(data).max(axis=(0, 1))
+    (exponent,) = (e for e in (0.5, 0.7) if f"cfp {e:g}" in rewrite.detail)
+    expected = (sizes[list(OUTLIERS)] / sizes[others].max()) ** exponent
+    assert ratio[list(OUTLIERS)] == pytest.approx(expected, rel=1e-4)
+    assert_parity(normed(), after, tolerance=1e-5)
+
+
+def test_cfp_leaves_channels_that_belong_together(tmp_path: Path) -> None:
+    flat = weights() | {"g": np.ones(WIDTH, np.float32), "b": np.zeros(WIDTH, np.float32)}
+    flat["w"] = random_array(WIDTH, 24, seed=2)
+    alike = [{"x": np.sign(random_array(2, 40, WIDTH, seed=at))} for at in range(4)]
+    data = Samples("test", False, 4, lambda: iter(alike))
+    model = planned(build(NORMED, flat))
+    skip = only_skip(run_pass(equalize("cfp", data=data), model, tmp_path))
+    assert "no scales make the outputs of fc better" in skip.reason
+
+
 def test_aweq_reaches_the_least_product_of_ranges(tmp_path: Path) -> None:
     after = normed()
     before = extremes(data_of(after)), extremes(weights()["w"].T)
