@@ -97,7 +97,8 @@ class Recipe:
 
     Attributes:
         rules: In order of precedence.
-        default: Scheme of nodes no rule matches; None keeps them in float.
+        default: Scheme of nodes no rule matches; None keeps them in float. Tables that are looked
+            up get 8 bits where it has 2 or 3.
         weight_range: How weight ranges are chosen, or None to leave it to the run.
         equalize: How channels are equalized where there are samples; None leaves them.
         correct_bias: Whether mean errors are taken out of biases where there are samples.
