@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from qcompiler.calibration.held_out import hold_out
 from qcompiler.errors import UsageError
 from qcompiler.options import (
     Reconstruction,
@@ -49,7 +48,7 @@ from qcompiler.passes.reconstruct.reconstruct_blocks import (
     ReconstructBlocksOptions,
 )
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
-from qcompiler.plan import Plan
+from qcompiler.plan import Plan, choosing_samples
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.rewriting.base import Pass
@@ -60,8 +59,7 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
     if options is None or data is None:
         message = "calibrate needs samples"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
-    # What judges the ranges must not have made them.
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return CalibrateOptions(
         samples,
         data.model_fingerprint,
@@ -81,7 +79,7 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
     if chosen.method is None or options is None or data is None:
         message = "equalize-channels needs samples and a method"
         raise UsageError(message, hint="give --calibration DATA, and --equalize auto")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return EqualizeChannels(
         EqualizeOptions(
             samples,
@@ -123,7 +121,7 @@ def _correct_bias(plan: Plan) -> CorrectBias:
     if options is None or data is None:
         message = "correct-bias needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return CorrectBias(
         CorrectBiasOptions(
             samples,
@@ -141,7 +139,7 @@ def _assign_islands(plan: Plan) -> AssignIslands:
         message = "assign-islands needs a budget and samples"
         hint = "give --islands tacq --average-bits 3.1, and --task FILE or --calibration DATA"
         raise UsageError(message, where=AssignIslands.name, hint=hint)
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return AssignIslands(
         AssignIslandsOptions(
             request,
@@ -152,6 +150,7 @@ def _assign_islands(plan: Plan) -> AssignIslands:
             plan.weight_range,
             plan.device,
             options.memory_budget,
+            gradients=plan.gradients,
         )
     )
 
@@ -165,7 +164,7 @@ def _round_weights(plan: Plan) -> RoundWeights:
     if options is None or data is None:
         message = "round-weights needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     inserting = tuple(_made(_inserting(plan), plan))
     return RoundWeights(RoundWeightsOptions(samples, inserting, plan.device, options.memory_budget))
 
@@ -175,7 +174,7 @@ def _reconstruct_blocks(plan: Plan) -> ReconstructBlocks:
     if options is None or data is None:
         message = "reconstruct-blocks needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return ReconstructBlocks(
         ReconstructBlocksOptions(
             samples,

@@ -27,7 +27,10 @@ from qcompiler.quant.reconstruction import (
 )
 from qcompiler.report.files import package_versions
 
-_PLAIN: Final = ("min_output_sqnr", "metric", "max_metric_drop", "external_data", "device")
+_PLAIN: Final = (
+    *("min_output_sqnr", "metric", "max_metric_drop", "hold_out"),
+    *("external_data", "device"),
+)
 _SAMPLING: Final = (
     *("max_samples", "batch_size", "seed", "symbolic_size"),
     *("sequence_length", "max_tokens", "text_field"),
