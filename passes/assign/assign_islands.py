@@ -136,6 +136,8 @@ class AssignIslands(Pass):
             For every weight that can have another scheme, the damage of each, to first order.
         """
         subjects, _ = find_subjects(model, IslandKind.NODE, self.options.target, stored=False)
+        if not subjects.sites:
+            return {}
         with (
             _scratch(context) as inner,
             self._planner(model, subjects, inner) as planner,

@@ -196,14 +196,14 @@ class Planner:
         schemes: list[list[Resolution | None]] = []
         options: list[list[Option]] = []
         for at, site in enumerate(self.subjects.sites):
-            found = list(self._choices(site))
-            schemes.append([scheme for scheme, _ in found])
+            known = list(self._choices(site))
+            schemes.append([found for found, _ in known])
             weight = self.weights[site.weight.name or ""]
             importance = self.scored.importance(weight, at)
             options.append(
                 [
-                    Option(cost, self._damage(site, scheme and scheme.scheme, importance))
-                    for scheme, cost in found
+                    Option(cost, self._damage(site, found.scheme if found else None, importance))
+                    for found, cost in known
                 ]
             )
         others = self.subjects.base_bits - sum(

@@ -89,9 +89,7 @@ class Task:
         if count >= self.count:
             return self
         origin = f"the first {counted(count, 'sample')} of {self.origin}"
-        return replace(
-            self, origin=origin, count=count, read=lambda: islice(self.read(), count)
-        )
+        return replace(self, origin=origin, count=count, read=lambda: islice(self.read(), count))
 
     def fingerprint(self) -> str:
         """Return a SHA-256, hex, over what the loss is and all inputs and labels in order."""

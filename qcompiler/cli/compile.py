@@ -21,11 +21,13 @@ from qcompiler.cli.options import (
     reconstruction_options,
     samples_of,
 )
+from qcompiler.cli.search_options import search_of, search_options
 
 if TYPE_CHECKING:
     from qcompiler.artefacts import CompileResult
     from qcompiler.options import CompileOptions
     from qcompiler.progress import Progress
+    from qcompiler.search import SearchRequest
 
 
 @click.command("compile")
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     "--metric", metavar="MODULE:FUNCTION", help="The same by a measure of yours, higher is better."
 )
 @click.option("--max-metric-drop", type=float, help="What --metric may lose against float.")
+@search_options
 @gate_options
 @click.option(
     "--verify",
@@ -125,13 +128,13 @@ def command(
     )
     gate_samples = samples_of(others)
     seed = others["seed"]
-    task = task_of(others)
+    search, task = search_of(others), task_of(others)
     calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
-        islands=islands_of(others),
+        islands=islands_of(others) if search is None else None,
         task=task,
         reconstruct=Reconstruction(others.pop("reconstruct")),
         engine_options=engine_options_of(others),
@@ -146,7 +149,9 @@ def command(
     )
     try:
         with terminal_progress() as progress:
-            result, no_script = _compile(model, options, output, progress, back_off=back_off)
+            result, no_script = _compile(
+                model, options, output, search, progress, back_off=back_off
+            )
     except GateFailedError as failure:
         publish(failure.verdict)
         raise
@@ -172,6 +177,7 @@ def _compile(
     model: Path,
     options: "CompileOptions",
     output: Path | None,
+    search: "SearchRequest | None",
     progress: "Progress",
     *,
     back_off: bool,
@@ -181,6 +187,10 @@ def _compile(
     from qcompiler.bundle import compile_bundle, is_bundle_name
     from qcompiler.compile import compile_model
 
+    if search is not None:
+        from qcompiler.search import compile_searching
+
+        return compile_searching(model, options, search, output=output, progress=progress), None
     if output is not None and is_bundle_name(output):
         bundle = compile_bundle(model, options, output, back_off=back_off, progress=progress)
         return bundle.model, bundle.no_script

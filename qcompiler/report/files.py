@@ -25,6 +25,8 @@ from qcompiler.report.records import (
     PassReport,
     QualityReport,
     Report,
+    SearchPoint,
+    SearchReport,
     SkipReport,
     Summary,
     UnplannedWeight,
@@ -83,6 +85,7 @@ def _report(content: dict[str, Any]) -> Report:
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "islands": _islands(content.get("islands")),
+            "search": _search(content.get("search")),
             "engine": _engine(content.get("engine")),
             "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
             "metric": MetricReport(**metric) if (metric := content.get("metric")) else None,
@@ -123,6 +126,13 @@ def _islands(content: dict[str, Any] | None) -> IslandsReport | None:
         return None
     sites = tuple(IslandSite(**entry) for entry in content["sites"])
     return IslandsReport(**{**content, "sites": sites})
+
+
+def _search(content: dict[str, Any] | None) -> SearchReport | None:
+    if content is None:
+        return None
+    points = tuple(SearchPoint(**entry) for entry in content["points"])
+    return SearchReport(**{**content, "bounds": tuple(content["bounds"]), "points": points})
 
 
 @dataclass(frozen=True, slots=True)

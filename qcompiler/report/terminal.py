@@ -16,6 +16,7 @@ from qcompiler.report.records import (
     QualityReport,
     Report,
 )
+from qcompiler.report.search_points import search_lines
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
@@ -55,7 +56,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
         console.print(escape(line), highlight=False)
     for line in island_lines(report.islands):
         console.print(escape(line), highlight=False)
-    for line in (*_reasons(report.nodes), *_types(report.nodes)):
+    for line in (*search_lines(report.search), *_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
