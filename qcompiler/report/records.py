@@ -457,6 +457,8 @@ class SearchReport:
 
     Attributes:
         bounds: What must hold, as options.
+        aim: Which one is taken of those that hold: the "smallest" where accuracy is bounded, else
+            the "most accurate".
         judged_on: The calls that accuracy was measured on.
         accuracy: Which figure of points says how accurate they are: "metric", "divergence" (lower
             is better) or "sqnr_db".
@@ -465,6 +467,7 @@ class SearchReport:
     """
 
     bounds: tuple[str, ...]
+    aim: str
     judged_on: str
     accuracy: str
     source_metric: float | None

@@ -21,7 +21,8 @@ def search_lines(search: SearchReport | None) -> Iterator[str]:
     """Yield what was searched for, and every point on a line of its own."""
     if search is None:
         return
-    yield f"searched for {', '.join(search.bounds)}, judged on {search.judged_on}"
+    bounds = ", ".join(search.bounds)
+    yield f"searched for the {search.aim} that holds {bounds}, judged on {search.judged_on}"
     for point in search.points:
         mark = {"chosen": "->", "holds": " +"}.get(point.outcome, " -")
         figures = point_text(point)

@@ -72,6 +72,7 @@ def compile_searching(
                 advance(1)
         report = SearchReport(
             request.bounds(options),
+            "most accurate" if bound is None else "smallest",
             preparation.judged_on,
             trials.accuracy,
             trials.source_metric,
