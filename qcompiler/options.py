@@ -248,8 +248,15 @@ def with_islands(options: CompileOptions) -> CompileOptions:
     """
     if options.reconstruct is Reconstruction.NONE:
         options = replace(options, reconstruct=Reconstruction.GPTQ)
-    if options.calibration is not None:
-        return options
+    return options if options.calibration is not None else with_samples(options)
+
+
+def with_samples(options: CompileOptions) -> CompileOptions:
+    """Return options whose samples are those of the task.
+
+    Raises:
+        UsageError: There is no task.
+    """
     if options.task is None:
         message = "islands need samples to see what the model depends on"
         raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")

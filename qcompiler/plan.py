@@ -223,7 +223,7 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
         return plan
     options, task = plan.calibration, None
     samples = None if options.is_task else open_samples(options.source, model, options.samples)
-    if plan.recipe.islands is not None:
+    if plan.recipe.islands is not None or samples is None:
         source = None if plan.task is None else plan.task.source
         choosing = None if samples is None else choosing_samples(plan, samples)
         task = open_task(source, model, (plan.task or options).samples, choosing)

@@ -6,8 +6,8 @@ from typing import Final
 
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
-from qcompiler.plan import Plan
 from qcompiler.quant.islands import Saliency
+from qcompiler.targets.registry import find_target
 
 DEFAULT_SCHEMES: Final = ("w8a8", "w8a16", "w4a16:b64", "w3a16:b64", "w2a16:b64")
 
@@ -70,7 +70,7 @@ class SearchRequest:
         return tuple(f"{name} {value:g}" for name, value in given.items() if value is not None)
 
 
-def check_request(request: SearchRequest, options: CompileOptions, plan: Plan) -> None:
+def check_request(request: SearchRequest, options: CompileOptions) -> None:
     """Refuse what a search cannot do.
 
     Raises:
@@ -91,9 +91,10 @@ def check_request(request: SearchRequest, options: CompileOptions, plan: Plan) -
             message = f"{option} belongs to one compilation, and a search makes several"
             hint = "search first; the result's report has its recipe"
             raise UsageError(message, where="--search", hint=hint)
-    if plan.calibration is None:
+    if options.calibration is None and options.task is None:
         message = "candidates are compared on samples, and there are none"
-        raise UsageError(message, where="--search", hint="give --calibration DATA")
-    if request.max_latency_ratio is not None and not plan.target.runs_here:
-        message = f"latency of {plan.target.title} cannot be measured by ONNX Runtime"
+        raise UsageError(message, where="--search", hint="give --calibration DATA, or --task FILE")
+    target = find_target(options.target)
+    if request.max_latency_ratio is not None and not target.runs_here:
+        message = f"latency of {target.title} cannot be measured by ONNX Runtime"
         raise UsageError(message, where="--max-latency-ratio", hint="leave it out")

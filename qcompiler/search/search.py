@@ -7,8 +7,7 @@ from qcompiler.artefacts import CompileResult, publish, workspace_for
 from qcompiler.calibration.metric import output_bound
 from qcompiler.errors import ParityError, UsageError
 from qcompiler.ir.save import SavedModel
-from qcompiler.options import CompileOptions, Reconstruction
-from qcompiler.plan import make_plan
+from qcompiler.options import CompileOptions, Reconstruction, with_samples
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.report.records import SearchReport
 from qcompiler.report.search_points import point_text
@@ -54,8 +53,8 @@ def compile_searching(
     source, progress = Path(source), progress or SilentProgress()
     target = _output_of(source, output)
     bound = output_bound(options.min_output_sqnr, options.metric, options.max_metric_drop)
+    check_request(request, options)
     common = _common(options, request)
-    check_request(request, options, make_plan(replace(common, scheme=request.schemes[0])))
     with workspace_for(target) as work:
         folders = Folders(work, options.measurements or work / "measurements.json")
         folders.gradients.mkdir()
@@ -85,6 +84,8 @@ def compile_searching(
 
 def _common(options: CompileOptions, request: SearchRequest) -> CompileOptions:
     """Return what all candidates share."""
+    if options.calibration is None:
+        options = with_samples(options)
     reconstruct = options.reconstruct
     if request.saliency is not None and reconstruct is Reconstruction.NONE:
         # Islands take it, and what is compared shall differ in nothing else.
