@@ -267,12 +267,14 @@ def test_a_task_alone_is_enough(source: Path, tmp_path: Path) -> None:
     result = compile_searching(
         source,
         options,
-        SearchRequest(SCHEMES[1:], average_bits=5.0),
+        SearchRequest(SCHEMES[1:], average_bits=5.6),
         output=tmp_path / "o.onnx",
     )
     found = _search(result)
     assert found.judged_on.startswith("the last 12 calls of labels of 48 rows")
     assert {"columns", "whole"} <= {word for p in found.points for word in p.name.split()}
+    task = TaskOptions(str(tmp_path / "task.npz"))
+    assert reproduce(result.manifest_path, source, task=task).identical
 
 
 def test_a_search_needs_samples(source: Path) -> None:
