@@ -25,13 +25,12 @@ from qcompiler.report.records import (
     PassReport,
     QualityReport,
     Report,
-    SearchPoint,
-    SearchReport,
     SkipReport,
     Summary,
     UnplannedWeight,
     WindowReport,
 )
+from qcompiler.report.search_points import SearchPoint, SearchReport
 
 _MANIFEST: Final = "qcompiler-manifest"
 _MANIFEST_VERSION: Final = 1

@@ -6,7 +6,8 @@ from math import inf
 from typing import Any, Final
 
 from qcompiler.report.islands import IslandGrid, island_grid
-from qcompiler.report.records import NodeReport, Report, SearchReport, WindowReport
+from qcompiler.report.records import NodeReport, Report, WindowReport
+from qcompiler.report.search_points import SearchReport
 
 _ACCURACY: Final = {
     "metric": "metric",

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qcompiler.report.records import SearchPoint
+from qcompiler.report.search_points import SearchPoint
 from qcompiler.search.trial import Made
 
 

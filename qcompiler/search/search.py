@@ -9,8 +9,7 @@ from qcompiler.errors import ParityError, UsageError
 from qcompiler.ir.save import SavedModel
 from qcompiler.options import CompileOptions, Reconstruction, with_samples
 from qcompiler.progress import Progress, SilentProgress
-from qcompiler.report.records import SearchReport
-from qcompiler.report.search_points import point_text
+from qcompiler.report.search_points import SearchReport, point_text
 from qcompiler.search.choice import accuracy_of, better, marked
 from qcompiler.search.preparation import Folders, Preparation
 from qcompiler.search.request import SearchRequest, check_request

@@ -26,7 +26,8 @@ from qcompiler.plan import Plan
 from qcompiler.progress import Progress
 from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.scheme import parse_scheme
-from qcompiler.report.records import Report, SearchPoint
+from qcompiler.report.records import Report
+from qcompiler.report.search_points import SearchPoint
 from qcompiler.search.candidates import Candidate
 from qcompiler.search.request import SearchRequest
 

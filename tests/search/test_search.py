@@ -15,7 +15,7 @@ from qcompiler.errors import ParityError, UsageError
 from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
 from qcompiler.quant.islands import Saliency
 from qcompiler.report.files import read_report
-from qcompiler.report.records import SearchReport
+from qcompiler.report.search_points import SearchReport
 from qcompiler.reproduce import reproduce
 from qcompiler.search import SearchRequest, compile_searching
 from tests.support.graphs import build

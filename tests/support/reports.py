@@ -13,13 +13,12 @@ from qcompiler.report.records import (
     PassReport,
     QualityReport,
     Report,
-    SearchPoint,
-    SearchReport,
     SkipReport,
     Summary,
     UnplannedWeight,
     WindowReport,
 )
+from qcompiler.report.search_points import SearchPoint, SearchReport
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
