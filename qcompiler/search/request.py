@@ -6,6 +6,7 @@ from typing import Final
 
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
+from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.islands import Saliency
 from qcompiler.targets.registry import find_target
 
@@ -95,6 +96,10 @@ def check_request(request: SearchRequest, options: CompileOptions) -> None:
         message = "candidates are compared on samples, and there are none"
         raise UsageError(message, where="--search", hint="give --calibration DATA, or --task FILE")
     target = find_target(options.target)
+    bfloat16 = ComputeType.BFLOAT16 in (options.compute_type, *request.schemes)
+    if request.max_latency_ratio is not None and bfloat16:
+        message = "ONNX Runtime has no kernels for bfloat16 on a CPU to measure latency with"
+        raise UsageError(message, where="--max-latency-ratio", hint="leave it out")
     if request.max_latency_ratio is not None and not target.runs_here:
         message = f"latency of {target.title} cannot be measured by ONNX Runtime"
         raise UsageError(message, where="--max-latency-ratio", hint="leave it out")

@@ -20,6 +20,7 @@ from qcompiler.compile import compile_model
 from qcompiler.errors import ModelError, ParityError, TargetError
 from qcompiler.execution.latency import Timing, time_models
 from qcompiler.execution.measurements import Measurement, Measurements, machine_name
+from qcompiler.execution.narrow_floats import has_bfloat16
 from qcompiler.gate.latency_ratio import Question, judge_latency
 from qcompiler.ir.load import load_model
 from qcompiler.plan import Plan
@@ -190,7 +191,7 @@ class Trials:
 
         What fails already is timed for the report alone, and no longer than that takes.
         """
-        if not self._plan.target.runs_here:
+        if not self._plan.target.runs_here or has_bfloat16(result.model()):
             return None
         limit = self._request.max_latency_ratio if wanted else None
         threads, libraries = self._plan.threads, self._plan.custom_op_libraries
