@@ -12,6 +12,7 @@ import pytest
 from qcompiler.artefacts import CompileResult
 from qcompiler.cli.main import main
 from qcompiler.errors import ParityError, UsageError
+from qcompiler.gate import latency_ratio
 from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
 from qcompiler.quant.islands import Saliency
 from qcompiler.report.files import read_report
@@ -22,6 +23,14 @@ from tests.support.graphs import build
 from tests.support.islands import TEXT, data, weights
 
 SCHEMES = ("w8a16", "w4a16:b32", "w2a16:b32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements() -> Iterator[None]:
+    """Measure whole models for a tenth of a second: what is slower is not asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_ratio, "SECONDS", (0.1, 0.1))
+        yield
 
 
 @pytest.fixture(scope="module")
