@@ -83,6 +83,14 @@ class Preparation:
         """The calls that judge."""
         return self._judging.origin
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know of the judgement."""
+        assert self._plan.data is not None
+        if len(self._plan.data.samples) > 1:
+            return ()
+        return ("the search judged on the only call, which codes were chosen on as well",)
+
     def trials(self) -> Trials:
         """Return what makes and measures candidates."""
         return Trials(

@@ -9,6 +9,7 @@ from qcompiler.errors import ParityError, UsageError
 from qcompiler.ir.save import SavedModel
 from qcompiler.options import CompileOptions, Reconstruction, with_samples
 from qcompiler.progress import Progress, SilentProgress
+from qcompiler.report.records import Report
 from qcompiler.report.search_points import SearchReport, point_text
 from qcompiler.search.choice import accuracy_of, better, marked
 from qcompiler.search.preparation import Folders, Preparation
@@ -78,7 +79,12 @@ def compile_searching(
         )
         if best is None or best.result is None:
             raise _nothing_holds(report)
-        return _published(best.result, target, report, html=options.html)
+        found = replace(
+            best.result.report,
+            search=report,
+            warnings=(*preparation.warnings, *best.result.report.warnings),
+        )
+        return _published(best.result, target, found, html=options.html)
 
 
 def _common(options: CompileOptions, request: SearchRequest) -> CompileOptions:
@@ -126,11 +132,8 @@ def _nothing_holds(report: SearchReport) -> ParityError:
     return ParityError(message, where="--search", hint=hint, reason="nothing-holds")
 
 
-def _published(
-    result: CompileResult, target: Path, search: SearchReport, *, html: bool
-) -> CompileResult:
-    """Move the files of a result to where they belong, with what was found in their report."""
-    report = replace(result.report, search=search)
+def _published(result: CompileResult, target: Path, report: Report, *, html: bool) -> CompileResult:
+    """Move the files of a result to where they belong, with another report."""
     saved = SavedModel(result.path, result.data_path, report.output.bytes)
     manifest = result.manifest_path.read_text(encoding="utf-8")
     published = publish(saved, target, report, manifest, html=html)

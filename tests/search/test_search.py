@@ -11,6 +11,7 @@ import pytest
 
 from qcompiler.artefacts import CompileResult
 from qcompiler.cli.main import main
+from qcompiler.compile import compile_model
 from qcompiler.errors import ParityError, UsageError
 from qcompiler.gate import latency_ratio
 from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
@@ -18,7 +19,7 @@ from qcompiler.quant.islands import Saliency
 from qcompiler.report.files import read_report
 from qcompiler.report.search_points import SearchReport
 from qcompiler.reproduce import reproduce
-from qcompiler.search import SearchRequest, compile_searching
+from qcompiler.search import SearchRequest, compile_searching, trial
 from tests.support.graphs import build
 from tests.support.islands import TEXT, data, weights
 
@@ -267,6 +268,34 @@ def test_what_cannot_be_is_said(arguments: tuple[object, ...], message: str, run
     status, _, err = run(*arguments)
     assert status == 2
     assert message in err
+
+
+def test_a_stopped_search_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def stopped(*arguments: object, output: Path, **others: object) -> CompileResult:
+        if made:
+            raise KeyboardInterrupt
+        made.append(output)
+        return compile_model(*arguments, output=output, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial, "compile_model", stopped)
+    options = _options(source, min_output_sqnr=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        compile_searching(
+            source, options, SearchRequest(SCHEMES[:2], None), output=tmp_path / "o.onnx"
+        )
+    assert made
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_call_that_judges_what_it_chose_is_told(source: Path, tmp_path: Path) -> None:
+    options = CompileOptions(calibration=str(source.parent / "calls" / "0.npz"))
+    request = SearchRequest(("w4a16:b32",), None, average_bits=20.0)
+    result = compile_searching(source, options, request, output=tmp_path / "o.onnx")
+    assert any("on the only call" in warning for warning in result.report.warnings)
 
 
 def test_a_task_alone_is_enough(source: Path, tmp_path: Path) -> None:
