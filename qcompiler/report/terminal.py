@@ -239,10 +239,12 @@ def _reasons(nodes: Sequence[NodeReport]) -> Iterator[str]:
     for node in nodes:
         if node.weight is not None:
             groups.setdefault((node.scheme, node.rule, node.reason), []).append(node.name)
-    for (scheme, rule, reason), names in groups.items():
+    for (scheme, rule, reason), names in list(groups.items())[:_MAX_ROWS]:
         more = ", ..." if len(names) > _NAMES_SHOWN else ""
         shown = ", ".join(names[:_NAMES_SHOWN]) + more
         yield f"{scheme} by {rule}: {len(names)} ({shown}): {reason}"
+    if len(groups) > _MAX_ROWS:
+        yield f"and {len(groups) - _MAX_ROWS} more reasons; the report and `explain` have them"
 
 
 def _types(nodes: Sequence[NodeReport]) -> Iterator[str]:
