@@ -10,12 +10,15 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.artefacts import CompileResult
+from qcompiler.bounds import gate_from_texts
 from qcompiler.cli.main import main
 from qcompiler.compile import compile_model
 from qcompiler.errors import ParityError, UsageError
 from qcompiler.gate import latency_ratio
-from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, EqualizationOptions, TaskOptions
 from qcompiler.quant.islands import Saliency
+from qcompiler.reconstruction import island_scores
+from qcompiler.reconstruction.gradients import sum_gradients
 from qcompiler.report.files import read_report
 from qcompiler.report.search_points import SearchReport
 from qcompiler.reproduce import reproduce
@@ -268,6 +271,40 @@ def test_what_cannot_be_is_said(arguments: tuple[object, ...], message: str, run
     status, _, err = run(*arguments)
     assert status == 2
     assert message in err
+
+
+def test_the_gradient_of_labels_is_computed_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "task.npz", x=data(0, 48, 3), labels=np.arange(48) % 10)
+    computed: list[object] = []
+
+    def counted(*arguments: object) -> float:
+        computed.append(arguments)
+        return sum_gradients(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(island_scores, "sum_gradients", counted)
+    options = CompileOptions(
+        calibration=str(source.parent / "calls"),
+        task=TaskOptions(str(tmp_path / "task.npz")),
+        equalization=EqualizationOptions(None),
+    )
+    request = SearchRequest(SCHEMES, average_bits=8.0)
+    result = compile_searching(source, options, request, output=tmp_path / "o.onnx")
+    names = [p.name for p in _search(result).points if p.bytes is not None]
+    assert sum("columns" in name for name in names) > 1
+    assert len(computed) == 1
+
+
+def test_a_gate_is_a_bound(source: Path, tmp_path: Path) -> None:
+    options = _options(source, gate=gate_from_texts(["min-sqnr=25"]))
+    request = SearchRequest(SCHEMES, None, average_bits=20.0)
+    result = compile_searching(source, options, request, output=tmp_path / "o.onnx")
+    assert result.verdict is not None
+    assert result.verdict.passed
+    points = {point.name: point for point in _search(result).points}
+    assert points["w2a16:b32"].outcome == "not made"
+    assert "min_sqnr" in points["w2a16:b32"].reason
 
 
 def test_a_stopped_search_leaves_nothing(
