@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from qcompiler.options import CompileOptions
+from qcompiler.passes.assign.island_subjects import HALF_BITS
 from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.search.assigned import Assigned
 from qcompiler.search.mixing import Mix
@@ -70,9 +71,11 @@ class Planner:
     def levels(self) -> list[float]:
         """Return the sizes that islands are tried at: between those of schemes, and the budget.
 
-        Where some schemes leave some weights in float, the smallest mix is smaller than all.
+        Where some schemes leave some weights in float, the smallest mix is smaller than all. A
+        scheme alone has nothing above it but 16 bits.
         """
         sizes = [self.size(each) for each in self.weight_only]
+        largest = sizes[-1] if len(sizes) > 1 else self._size_of(HALF_BITS * self._elements)
         least = [] if self._mix is None else [self._size_of(self._mix.least_bits)]
         if sizes and least and least[0] < sizes[0]:
             sizes = [*least, *sizes]
@@ -80,7 +83,7 @@ class Planner:
         cap = self._request.cap
         if cap is not None:
             found = [*(level for level in found if level < cap), cap]
-        return [level for level in found if sizes and sizes[0] <= level < sizes[-1]]
+        return [level for level in found if sizes and sizes[0] <= level < largest]
 
     def uniform(self) -> Iterator[Candidate]:
         """Yield one candidate for each scheme."""

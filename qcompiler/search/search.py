@@ -60,10 +60,11 @@ def compile_searching(
         folders.gradients.mkdir()
         common = replace(common, gradients=folders.gradients)
         preparation = Preparation(source, common, request, bound, folders, progress)
+        # What a metric has to complain of comes before hours of work.
+        trials = preparation.trials()
         candidates = preparation.candidates()
         with progress.task("searching", len(candidates)) as advance:
             best, points = None, []
-            trials = preparation.trials()
             for at, candidate in enumerate(candidates):
                 made = trials.make(candidate, work / str(at), target.name)
                 points.append(made.point)

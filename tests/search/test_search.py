@@ -307,6 +307,13 @@ def test_a_gate_is_a_bound(source: Path, tmp_path: Path) -> None:
     assert "min_sqnr" in points["w2a16:b32"].reason
 
 
+def test_islands_fill_the_budget_above_one_scheme(source: Path, tmp_path: Path) -> None:
+    request = SearchRequest(SCHEMES[2:], average_bits=6.5)
+    result = compile_searching(source, _options(source), request, output=tmp_path / "o.onnx")
+    found = [point.name for point in _search(result).points if point.bytes is not None]
+    assert found[:2] == ["w2a16:b32", "w2a16:b32, columns to 6.50 bits"]
+
+
 def test_a_stopped_search_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
