@@ -63,6 +63,19 @@ def forms(size: int, fraction: float) -> Iterator[tuple[str, Form]]:
             },
         ),
     )
+    yield (
+        "column island, channels permuted so that they lie side by side",
+        Form(
+            f"{_INT4} f = Cast<to=1>(v) g = Slice(x, from, to, axis) q = MatMul(g, f) "
+            "y = Add(p, q)",
+            {
+                "v": generator.standard_normal((channels, size)).astype(np.float16),
+                "from": np.array([0], np.int64),
+                "to": np.array([channels], np.int64),
+                "axis": np.array([1], np.int64),
+            },
+        ),
+    )
     places = {
         "rows": rows.astype(np.uint16),
         "cols": cols.astype(np.uint16)[:, np.newaxis],

@@ -131,6 +131,9 @@ class CompileOptions:
             to w8a16 until it holds; None asks for none.
         metric: `module:function` that measures a model, higher is better (`calibration.metric`).
         max_metric_drop: By how much it may be below the float model's; goes with `metric`.
+        hold_out: Whether the last quarter of the calls chooses nothing, so that it can judge; a
+            bound on the outputs implies it.
+        gradients: Folder that gradients of tasks are kept in and reused from; None keeps none.
         never_slower: Whether every integer region is measured against float, and changed where it
             loses; None does so where there are samples.
         measurements: A JSON file that measured latencies are kept in and reused from, so that the
@@ -180,6 +183,8 @@ class CompileOptions:
     min_output_sqnr: float | None = None
     metric: str | None = None
     max_metric_drop: float | None = None
+    hold_out: bool = False
+    gradients: Path | None = None
     never_slower: bool | None = None
     measurements: Path | None = None
     threads: int | None = None
@@ -243,8 +248,15 @@ def with_islands(options: CompileOptions) -> CompileOptions:
     """
     if options.reconstruct is Reconstruction.NONE:
         options = replace(options, reconstruct=Reconstruction.GPTQ)
-    if options.calibration is not None:
-        return options
+    return options if options.calibration is not None else with_samples(options)
+
+
+def with_samples(options: CompileOptions) -> CompileOptions:
+    """Return options whose samples are those of the task.
+
+    Raises:
+        UsageError: There is no task.
+    """
     if options.task is None:
         message = "islands need samples to see what the model depends on"
         raise UsageError(message, where="--islands", hint="give --task FILE or --calibration DATA")

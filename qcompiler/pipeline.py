@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from qcompiler.calibration.held_out import hold_out
 from qcompiler.errors import UsageError
 from qcompiler.options import CalibrationOptions, Reconstruction
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
@@ -48,7 +47,7 @@ from qcompiler.passes.reconstruct.reconstruct_blocks import (
     ReconstructBlocksOptions,
 )
 from qcompiler.passes.reconstruct.round_weights import RoundWeights, RoundWeightsOptions
-from qcompiler.plan import Plan
+from qcompiler.plan import Plan, choosing_samples
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
@@ -60,8 +59,7 @@ def _calibrate_options(plan: Plan) -> CalibrateOptions:
     if options is None or data is None:
         message = "calibrate needs samples"
         raise UsageError(message, hint="give --calibration DATA and a scheme such as w8a8")
-    # What judges the ranges must not have made them.
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     outliers, two_terms_below = _apart(plan, options)
     return CalibrateOptions(
         samples,
@@ -93,7 +91,7 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
     if chosen.method is None or options is None or data is None:
         message = "equalize-channels needs samples and a method"
         raise UsageError(message, hint="give --calibration DATA, and --equalize auto")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     outliers, two_terms_below = _apart(plan, options)
     return EqualizeChannels(
         EqualizeOptions(
@@ -117,7 +115,7 @@ def _suppress_outliers(plan: Plan) -> SuppressOutliers:
     if options is None or data is None:
         message = "suppress-outliers needs samples"
         raise UsageError(message, hint="give --calibration DATA, and --equalize cfp")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return SuppressOutliers(
         SuppressOptions(samples, plan.weight_range, options.memory_budget, plan.custom_op_libraries)
     )
@@ -147,7 +145,7 @@ def _correct_bias(plan: Plan) -> CorrectBias:
     if options is None or data is None:
         message = "correct-bias needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return CorrectBias(
         CorrectBiasOptions(
             samples,
@@ -165,7 +163,7 @@ def _assign_islands(plan: Plan) -> AssignIslands:
         message = "assign-islands needs a budget and samples"
         hint = "give --islands tacq --average-bits 3.1, and --task FILE or --calibration DATA"
         raise UsageError(message, where=AssignIslands.name, hint=hint)
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return AssignIslands(
         AssignIslandsOptions(
             request,
@@ -176,6 +174,7 @@ def _assign_islands(plan: Plan) -> AssignIslands:
             plan.weight_range,
             plan.device,
             options.memory_budget,
+            gradients=plan.gradients,
         )
     )
 
@@ -189,7 +188,7 @@ def _round_weights(plan: Plan) -> RoundWeights:
     if options is None or data is None:
         message = "round-weights needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     inserting = tuple(_made(_inserting(plan), plan))
     return RoundWeights(RoundWeightsOptions(samples, inserting, plan.device, options.memory_budget))
 
@@ -199,7 +198,7 @@ def _reconstruct_blocks(plan: Plan) -> ReconstructBlocks:
     if options is None or data is None:
         message = "reconstruct-blocks needs samples"
         raise UsageError(message, hint="give --calibration DATA")
-    samples = data.samples if plan.bound is None else hold_out(data.samples)[0]
+    samples = choosing_samples(plan, data.samples)
     return ReconstructBlocks(
         ReconstructBlocksOptions(
             samples,

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.bounds import Gate
 from qcompiler.calibration.calls import Samples
+from qcompiler.calibration.held_out import hold_out
 from qcompiler.calibration.metric import OutputBound, output_bound
 from qcompiler.calibration.samples import open_samples
 from qcompiler.calibration.task_calls import Task, open_task
@@ -72,6 +73,8 @@ class Plan:
         data: The opened samples, and what gives the fingerprint of the source model; None until
             the model is known.
         bound: What must hold of the outputs, or None.
+        hold_out: Whether the last quarter of the calls chooses nothing, and only judges.
+        gradients: Folder that gradients of tasks are kept in, or None.
         never_slower: Whether latency is measured.
         measurements: The file that latencies are kept in, or None.
         threads: Threads of one operator when latency is measured, None for the runtime's own.
@@ -96,6 +99,8 @@ class Plan:
     custom_op_libraries: tuple[Path, ...] = ()
     data: CalibrationData | None = None
     bound: OutputBound | None = None
+    hold_out: bool = False
+    gradients: Path | None = None
     never_slower: bool = False
     measurements: Path | None = None
     threads: int | None = None
@@ -149,6 +154,7 @@ def make_plan(options: CompileOptions) -> Plan:
     if options.never_slower and not static:
         message = "there are no integer regions to measure without calibrated activations"
         raise UsageError(message, hint="give --calibration DATA, or leave --never-slower out")
+    bound = _bound(options, static=static)
     return Plan(
         target,
         recipe,
@@ -165,7 +171,9 @@ def make_plan(options: CompileOptions) -> Plan:
         None if options.work_dir is None else windows_in(options.work_dir),
         options.device,
         options.custom_op_libraries,
-        bound=_bound(options, static=static),
+        bound=bound,
+        hold_out=options.hold_out or bound is not None,
+        gradients=options.gradients,
         never_slower=static and target.runs_here and options.never_slower is not False,
         measurements=options.measurements,
         threads=options.threads,
@@ -233,13 +241,20 @@ def with_data(plan: Plan, model: ir.Model, model_fingerprint: Callable[[], str])
         return plan
     options, task = plan.calibration, None
     samples = None if options.is_task else open_samples(options.source, model, options.samples)
-    if plan.recipe.islands is not None:
+    if plan.recipe.islands is not None or samples is None:
         source = None if plan.task is None else plan.task.source
-        task = open_task(source, model, (plan.task or options).samples, samples)
+        choosing = None if samples is None else choosing_samples(plan, samples)
+        task = open_task(source, model, (plan.task or options).samples, choosing)
     if samples is None:
         assert task is not None
         samples = task.samples()
+        task = task.first(len(choosing_samples(plan, samples)))
     return replace(plan, data=CalibrationData(samples, model_fingerprint, task))
+
+
+def choosing_samples(plan: Plan, samples: Samples) -> Samples:
+    """Return the samples that may choose something: what judges must not have chosen."""
+    return hold_out(samples)[0] if plan.hold_out else samples
 
 
 def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:

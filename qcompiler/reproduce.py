@@ -10,7 +10,7 @@ from qcompiler.compile import compile_model
 from qcompiler.errors import UsageError
 from qcompiler.ir.fingerprint import fingerprint
 from qcompiler.ir.load import load_model
-from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
 from qcompiler.plan import make_plan, with_data
 from qcompiler.progress import Progress, SilentProgress
 from qcompiler.quant.recipe import Recipe
@@ -41,6 +41,7 @@ def reproduce(
     source: Path,
     calibration: CalibrationOptions | None = None,
     *,
+    task: TaskOptions | None = None,
     measurements: Path | None = None,
     custom_op_libraries: tuple[Path, ...] = (),
     progress: Progress | None = None,
@@ -51,6 +52,7 @@ def reproduce(
         manifest: The manifest of the compilation.
         source: The model it began with.
         calibration: Where its samples are; how they are used, the manifest says.
+        task: Where the samples of the task are that it was made for, the same.
         measurements: The file of latencies that it used.
         custom_op_libraries: Shared libraries with custom operators.
         progress: Where long work shows how far it is.
@@ -62,20 +64,12 @@ def reproduce(
     """
     wanted = read_manifest(manifest)
     _require_same("model", str(source), fingerprint(source), wanted.input.sha256)
-    if wanted.settings.get("task") is not None:
-        message = "the compilation was made for a task, whose samples no manifest names"
-        hint = "compile again with --task and compare the hashes"
-        raise UsageError(message, where=str(manifest), hint=hint)
-    calibrated = wanted.settings.get("calibration")
-    if calibrated is not None and calibration is None:
-        message = "the compilation was calibrated, and no samples were given"
-        raise UsageError(message, where=str(manifest), hint="give --calibration DATA")
     try:
         options = options_from(
             Recipe.from_text(wanted.recipe, f"{manifest}: recipe"),
             wanted.target,
             wanted.settings,
-            calibration if calibrated is not None else None,
+            *_wanted(wanted.settings, calibration, task, str(manifest)),
         )
     except (KeyError, TypeError, ValueError) as error:
         message = f"its settings are none that this version knows: {error}"
@@ -86,7 +80,7 @@ def reproduce(
         custom_op_libraries=custom_op_libraries,
         inspect_kernels=False,
     )
-    _require_same_samples(source, options, calibrated)
+    _require_same_samples(source, options, wanted.settings)
     with TemporaryDirectory(prefix="qcompiler-") as folder:
         # The name of the data file is part of the model's bytes.
         output = Path(folder) / Path(wanted.output.name).name
@@ -97,13 +91,42 @@ def reproduce(
     )
 
 
+def _wanted(
+    settings: Mapping[str, Any],
+    calibration: CalibrationOptions | None,
+    task: TaskOptions | None,
+    where: str,
+) -> tuple[CalibrationOptions | None, TaskOptions | None]:
+    """Return the samples that a compilation used, of those that were given.
+
+    Raises:
+        UsageError: Some are missing.
+    """
+    made_for = settings["task"]
+    if made_for is not None and task is None:
+        message = "the compilation was made for a task, and no samples of it were given"
+        raise UsageError(message, where=where, hint="give --task DATA")
+    calibrated = settings["calibration"] is not None
+    if made_for is not None and made_for["alone"]:
+        calibrated = False
+    if calibrated and calibration is None:
+        message = "the compilation was calibrated, and no samples were given"
+        raise UsageError(message, where=where, hint="give --calibration DATA")
+    return calibration if calibrated else None, task if made_for is not None else None
+
+
 def _require_same_samples(
-    source: Path, options: CompileOptions, calibrated: Mapping[str, Any] | None
+    source: Path, options: CompileOptions, settings: Mapping[str, Any]
 ) -> None:
-    plan = with_data(make_plan(options), load_model(source), lambda: "")
-    if calibrated is not None and plan.data is not None:
-        found = plan.data.samples.fingerprint()
-        _require_same("samples", plan.data.samples.origin, found, calibrated["sha256"])
+    data = with_data(make_plan(options), load_model(source), lambda: "").data
+    if data is None:
+        return
+    if settings["task"] is not None and data.task is not None:
+        found = data.task.fingerprint()
+        _require_same("samples of the task", data.task.origin, found, settings["task"]["sha256"])
+    if settings["calibration"] is not None:
+        found = data.samples.fingerprint()
+        _require_same("samples", data.samples.origin, found, settings["calibration"]["sha256"])
 
 
 def _require_same(what: str, where: str, found: str, expected: str) -> None:

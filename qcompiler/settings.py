@@ -12,9 +12,11 @@ from qcompiler.options import (
     CompileOptions,
     EqualizationOptions,
     Reconstruction,
+    TaskOptions,
+    with_samples,
 )
 from qcompiler.pipeline import pipeline
-from qcompiler.plan import CalibrationData, Plan
+from qcompiler.plan import Plan
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
@@ -27,7 +29,10 @@ from qcompiler.quant.reconstruction import (
 )
 from qcompiler.report.files import package_versions
 
-_PLAIN: Final = ("min_output_sqnr", "metric", "max_metric_drop", "external_data", "device")
+_PLAIN: Final = (
+    *("min_output_sqnr", "metric", "max_metric_drop", "hold_out"),
+    *("external_data", "device"),
+)
 _SAMPLING: Final = (
     *("max_samples", "batch_size", "seed", "symbolic_size"),
     *("sequence_length", "max_tokens", "text_field"),
@@ -58,7 +63,7 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
         "correct_bias": plan.correct_bias,
         "cast_io": plan.cast_io,
         "reconstruct": plan.reconstruct.value,
-        "task": None if plan.task is None or plan.data is None else _task_of(plan.data),
+        "task": _task_of(plan),
         "blocks": asdict(plan.blocks) if plan.reconstruct is Reconstruction.CBQ else None,
         "never_slower": plan.never_slower,
         "measurements": plan.measurements is not None,
@@ -68,9 +73,20 @@ def settings_of(plan: Plan, options: CompileOptions) -> dict[str, Any]:
     }
 
 
-def _task_of(data: CalibrationData) -> str | None:
-    """Return the SHA-256 of all inputs and labels of the task's samples, hex."""
-    return None if data.task is None else data.task.fingerprint()
+def _task_of(plan: Plan) -> dict[str, Any] | None:
+    """Return the hash of all inputs and labels of the task's samples, and how these are read.
+
+    `alone` says that there are no others, so that what calibration says is of these as well.
+    """
+    if plan.task is None or plan.data is None or plan.data.task is None:
+        return None
+    assert plan.calibration is not None
+    return {
+        "sha256": plan.data.task.fingerprint(),
+        "alone": plan.calibration.is_task,
+        "memory_budget": plan.task.memory_budget,
+        "samples": {name: getattr(plan.task.samples, name) for name in _SAMPLING},
+    }
 
 
 def _calibration_settings(plan: Plan) -> dict[str, Any] | None:
@@ -86,7 +102,11 @@ def _calibration_settings(plan: Plan) -> dict[str, Any] | None:
 
 
 def options_from(
-    recipe: Recipe, target: str, settings: Mapping[str, Any], calibration: CalibrationOptions | None
+    recipe: Recipe,
+    target: str,
+    settings: Mapping[str, Any],
+    calibration: CalibrationOptions | None,
+    task: TaskOptions | None = None,
 ) -> CompileOptions:
     """Return the options that lead to a manifest's settings.
 
@@ -95,17 +115,19 @@ def options_from(
         target: The manifest's.
         settings: As `settings_of` made them.
         calibration: Where the samples are; how they are read and used comes from the settings.
-            None where the settings have none.
+            None where the settings have none, or where they are those of the task.
+        task: Where the samples of the task are, the same.
 
     Raises:
         KeyError, TypeError, ValueError: They are no settings that this version knows.
     """
     equalization = settings["equalization"]
     method = equalization["method"]
-    return CompileOptions(
+    options = CompileOptions(
         recipe=recipe,
         target=target,
         calibration=calibration and _calibrated_as(calibration, settings["calibration"]),
+        task=task and _task_as(task, settings["task"]),
         equalization=EqualizationOptions(
             None if method is None else EqualizationMethod(method),
             equalization["alpha"],
@@ -121,6 +143,15 @@ def options_from(
         user_passes=tuple(settings["user_passes"]),
         **{name: settings[name] for name in _PLAIN},
     )
+    alone = task is not None and settings["task"]["alone"]
+    return with_samples(options) if alone else options
+
+
+def _task_as(where: TaskOptions, settings: Mapping[str, Any]) -> TaskOptions:
+    samples: SampleOptions = replace(
+        where.samples, **{name: settings["samples"][name] for name in _SAMPLING}
+    )
+    return replace(where, samples=samples, memory_budget=settings["memory_budget"])
 
 
 def _blocks_from(settings: Mapping[str, Any] | None) -> BlockReconstruction:

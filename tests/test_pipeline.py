@@ -6,7 +6,11 @@ import pytest
 
 from qcompiler.errors import UsageError
 from qcompiler.options import CompileOptions
+from qcompiler.passes.assign.assign_islands import AssignIslands
 from qcompiler.passes.assign.drop_slow_regions import DropSlowRegions
+from qcompiler.passes.equalize.equalize_channels import EqualizeChannels
+from qcompiler.passes.quantize.calibrate import Calibrate
+from qcompiler.passes.reconstruct.round_weights import RoundWeights
 from qcompiler.pipeline import PASSES, pass_named, pipeline
 from qcompiler.plan import make_plan, with_data
 from qcompiler.quant.compute_type import ComputeType
@@ -90,6 +94,27 @@ def test_a_bound_is_judged_on_what_regions_were_left() -> None:
     found = [rewrite.name for rewrite in pipeline(with_data(make_plan(options), model, lambda: ""))]
     at = found.index("assign-fallbacks")
     assert found.index("drop-slow-regions") < at < found.index("split-outlier-channels")
+
+
+def test_what_is_held_out_chooses_nothing() -> None:
+    """Neither ranges, nor codes, nor islands see the calls that are going to judge."""
+    model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
+    islands = IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.0))
+    options = CompileOptions(calibration="random:8", scheme="w8a8", islands=islands)
+    found = {}
+    for held_out in (False, True):
+        plan = make_plan(replace(options, hold_out=held_out))
+        plan = with_data(plan, model, lambda: "")
+        assert plan.data is not None
+        assert plan.data.task is not None
+        assert len(plan.data.samples) == 8
+        calls = [
+            len(rewrite.options.samples)
+            for rewrite in pipeline(plan)
+            if isinstance(rewrite, Calibrate | EqualizeChannels | AssignIslands | RoundWeights)
+        ]
+        found[held_out] = {*calls, plan.data.task.count // 2}
+    assert found == {False: {8}, True: {6}}
 
 
 def test_regions_are_measured_as_the_rest_of_the_pipeline_makes_them() -> None:

@@ -1,15 +1,18 @@
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qcompiler.calibration.calls import SampleOptions
 from qcompiler.cli.main import main
 from qcompiler.compile import compile_model
 from qcompiler.errors import UsageError
-from qcompiler.options import CalibrationOptions, CompileOptions
+from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
+from qcompiler.quant.islands import IslandBudget, IslandRequest, Saliency
 from qcompiler.reproduce import reproduce
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
@@ -77,12 +80,49 @@ def test_missing_samples_are_asked_for(manifest: Path) -> None:
         reproduce(manifest, SOURCE)
 
 
+def _task(path: Path, shift: int = 0) -> TaskOptions:
+    """Write labelled images, and return them as a task."""
+    with np.load(EXAMPLE / "test_data.npz") as arrays:
+        labels = (arrays["label"][:24] + shift) % 10
+        np.savez(path, image=arrays["image"][:24], labels=labels)
+    return TaskOptions(str(path))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_was_made_for_a_task_is_identical(alone: bool, tmp_path: Path) -> None:
+    task = _task(tmp_path / "task.npz")
+    given = None if alone else CalibrationOptions(str(DATA))
+    few = replace(task, samples=SampleOptions(max_samples=20))
+    options = CompileOptions(
+        scheme="w2a16:b32",
+        task=few,
+        calibration=given,
+        islands=IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.6)),
+    )
+    made = compile_model(SOURCE, options, output=tmp_path / "o.onnx")
+    # How many samples are read, the manifest says.
+    found = reproduce(made.manifest_path, SOURCE, given, task=task)
+    assert found.identical
+    assert found.differences == ()
+    with pytest.raises(UsageError, match="no samples of it were given"):
+        reproduce(made.manifest_path, SOURCE, given)
+    other = _task(tmp_path / "other.npz", shift=1)
+    with pytest.raises(UsageError, match="not the samples of the task"):
+        reproduce(made.manifest_path, SOURCE, given, task=other)
+    if alone:
+        assert status("reproduce", made.manifest_path, SOURCE, "--task", task.source) == 0
+    else:
+        with pytest.raises(UsageError, match="was calibrated"):
+            reproduce(made.manifest_path, SOURCE, task=task)
+
+
 @pytest.mark.parametrize("settings", [{}, {"equalization": 3}])
 def test_unknown_settings_are_refused(
     settings: dict[str, Any], manifest: Path, tmp_path: Path
 ) -> None:
+    path = edited(manifest, tmp_path, settings={**settings, "calibration": None, "task": None})
     with pytest.raises(UsageError, match="none that this version knows"):
-        reproduce(edited(manifest, tmp_path, settings={**settings, "calibration": None}), SOURCE)
+        reproduce(path, SOURCE)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": "qcompiler-report"}'])

@@ -1,7 +1,7 @@
 """Finds what a task depends on in the weights, and keeps more bits of it."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,13 +16,15 @@ from qcompiler.errors import ModelError
 from qcompiler.ir.provenance import ISLANDS
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.assign.island_subjects import RULE, Subjects, find_subjects
-from qcompiler.quant.islands import IslandRequest
+from qcompiler.quant.islands import IslandKind, IslandRequest
 from qcompiler.quant.ranges import RangeMethod
+from qcompiler.quant.scheme import QScheme
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.capability import Target
 
 if TYPE_CHECKING:
+    from qcompiler.passes.assign.island_plans import Planner
     from qcompiler.reconstruction.island_scores import Scoring
     from qcompiler.reconstruction.starting_point import StartingPoint
 
@@ -42,6 +44,7 @@ class AssignIslandsOptions:
         memory_budget: Bytes the process may take; a quarter is for values between blocks.
         seed: Of the random measure.
         signed: Whether gradients of samples may cancel: only to show that they must not.
+        gradients: Folder that gradients are kept in and reused from; None keeps none.
     """
 
     request: IslandRequest
@@ -54,6 +57,7 @@ class AssignIslandsOptions:
     memory_budget: int = 2 << 30
     seed: int = 0
     signed: bool = False
+    gradients: Path | None = None
 
 
 class AssignIslands(Pass):
@@ -108,8 +112,48 @@ class AssignIslands(Pass):
     def _choose_and_write(
         self, model: ir.Model, subjects: Subjects, inner: PassContext, store: WeightStore
     ) -> list[Rewrite]:
-        from qcompiler.passes.assign.island_plans import Planner
         from qcompiler.passes.assign.island_writing import IslandWriter
+
+        options = self.options
+        with self._planner(model, subjects, inner) as planner:
+            writer = IslandWriter(model, subjects, options.request, planner.scored, store)
+            return writer.write(planner.plan(), planner.concentration(), options.task.origin)
+
+    def damages(
+        self,
+        model: ir.Model,
+        schemes: Mapping[str, Sequence[QScheme | None]],
+        context: PassContext,
+    ) -> dict[str, list[float]]:
+        """Predict what whole weights would lose with other schemes; the model stays as it is.
+
+        Args:
+            model: The model, with schemes that its weights are scored at.
+            schemes: By name of the weight, what it could get.
+            context: What the pass may use.
+
+        Returns:
+            For every weight that can have another scheme, the damage of each, to first order.
+        """
+        subjects, _ = find_subjects(model, IslandKind.NODE, self.options.target, stored=False)
+        if not subjects.sites:
+            return {}
+        with (
+            _scratch(context) as inner,
+            self._planner(model, subjects, inner) as planner,
+        ):
+            return {
+                name: planner.damages(at, schemes[name])
+                for at, name in enumerate(subjects.names)
+                if name in schemes
+            }
+
+    @contextmanager
+    def _planner(
+        self, model: ir.Model, subjects: Subjects, inner: PassContext
+    ) -> Iterator["Planner"]:
+        """Score a clone, and yield what chooses by its scores."""
+        from qcompiler.passes.assign.island_plans import Planner
         from qcompiler.reconstruction.island_scores import ScoredWeights
         from qcompiler.reconstruction.tensor_files import TensorFiles
 
@@ -121,19 +165,19 @@ class AssignIslands(Pass):
             weights = {name: known[name] for name in subjects.names}
             scored = ScoredWeights(scoring, gradients, scores)
             scored.compute(start, list(weights.values()), inner.progress)
-            planner = Planner(
+            yield Planner(
                 options.request, subjects, options.target, scored, weights, options.range_method
             )
-            writer = IslandWriter(model, subjects, options.request, scored, store)
-            return writer.write(planner.plan(), planner.concentration(), options.task.origin)
 
     def _scoring(self) -> "Scoring":
         from qcompiler.reconstruction.gradients import GradientRun
         from qcompiler.reconstruction.island_scores import Scoring
+        from qcompiler.reconstruction.kept_gradients import KeptGradients
 
         options = self.options
         run = GradientRun(options.device, options.memory_budget // 4, options.signed)
-        return Scoring(options.request.saliency, options.task, run, options.seed)
+        kept = KeptGradients(options.gradients)
+        return Scoring(options.request.saliency, options.task, run, options.seed, kept)
 
     def _quantized(
         self, model: ir.Model, context: PassContext, *, rounded: bool

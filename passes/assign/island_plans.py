@@ -1,6 +1,6 @@
 """What each weight gets: the choice of islands for every kind, under one budget."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -150,6 +150,12 @@ class Planner:
             found.append(ChannelScores(name, self._per_channel(site), cost, 0, size))
         return found
 
+    def damages(self, at: int, schemes: Sequence[QScheme | None]) -> list[float]:
+        """Return the predicted damage of schemes to the weight of this number."""
+        site = self.subjects.sites[at]
+        importance = self.scored.importance(self.weights[site.weight.name or ""], at)
+        return [self._damage(site, scheme, importance) for scheme in schemes]
+
     @property
     def _stored(self) -> bool:
         return self.request.budget.nbytes is not None
@@ -190,12 +196,15 @@ class Planner:
         schemes: list[list[Resolution | None]] = []
         options: list[list[Option]] = []
         for at, site in enumerate(self.subjects.sites):
-            found = list(self._choices(site))
-            schemes.append([scheme for scheme, _ in found])
+            known = list(self._choices(site))
+            schemes.append([found for found, _ in known])
             weight = self.weights[site.weight.name or ""]
             importance = self.scored.importance(weight, at)
             options.append(
-                [Option(cost, self._damage(site, scheme, importance)) for scheme, cost in found]
+                [
+                    Option(cost, self._damage(site, found.scheme if found else None, importance))
+                    for found, cost in known
+                ]
             )
         others = self.subjects.base_bits - sum(
             quantized_bits(w.rows.shape, w.spec, w.tensor.dtype.bitwidth, stored=self._stored)
@@ -231,13 +240,13 @@ class Planner:
     def _damage(
         self,
         site: Site,
-        found: Resolution | None,
+        scheme: QScheme | None,
         importance: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     ) -> float:
         """Return the predicted damage of a scheme: what errors count, to first order."""
-        if found is None or found.scheme is None:
+        if scheme is None:
             return 0.0
-        spec = found.scheme.weight_spec(site.granularity(found.scheme))
+        spec = scheme.weight_spec(site.granularity(scheme))
         values = read_all(site.tensor)
         kind = np.dtype(site.tensor.dtype.numpy())
         coded = quantize_tensor(values, spec, self.range_method, kind)

@@ -49,8 +49,9 @@ class Unit:
 
     @property
     def data(self) -> ir.Value:
-        """The first value that is read quantized."""
-        return next(value for node in self.nodes for value in _read_quantized(node))
+        """The first value that is read quantized; where none is, the first that is read."""
+        quantized = (value for node in self.nodes for value in _read_quantized(node))
+        return next(quantized, self.segment.inputs[0])
 
     @property
     def one_scale_is_coarse(self) -> bool:
@@ -92,6 +93,22 @@ def find_units(model: ir.Model) -> list[Unit]:
         Unit(tuple(nodes), tuple(site for node in nodes for site in sites.get(node, ())), segment)
         for nodes, segment in zip(members, segments_of(model.graph, runs), strict=True)
         if any(True for node in nodes for _ in _read_quantized(node))
+    ]
+
+
+def find_products(model: ir.Model) -> list[Unit]:
+    """Return every op of the main graph that has a scheme as a unit of its own, in graph order.
+
+    It is what ops with integer weights and float data are measured as: they share nothing.
+    """
+    sites: dict[ir.Node, list[Site]] = {}
+    for site in find_sites(model)[0]:
+        if site.node.graph is model.graph and scheme_of(site.node) is not None:
+            sites.setdefault(site.node, []).append(site)
+    segments = segments_of(model.graph, [[node, *_biases([node])] for node in sites])
+    return [
+        Unit((node,), tuple(found), segment)
+        for (node, found), segment in zip(sites.items(), segments, strict=True)
     ]
 
 

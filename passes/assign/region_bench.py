@@ -127,6 +127,22 @@ def measure_units(
     ]
 
 
+def measure_as_planned(
+    model: ir.Model,
+    units: Sequence[Unit],
+    feeds: Feeds,
+    workshop: Workshop,
+    measurements: Measurements,
+    context: PassContext,
+) -> list[Mapping[Variant, Timing]]:
+    """Measure units in float and as they are planned, and nothing else.
+
+    Arguments and errors are those of `measure_units`.
+    """
+    bench = _Bench(model, units, feeds, workshop, measurements, context)
+    return [*bench.answers([_Question(unit, (Variant.PLANNED,)) for unit in units])]
+
+
 def _first_question(unit: Unit, target: Target) -> _Question:
     """Ask for the plan, and for all that a unit of products alone could get instead.
 

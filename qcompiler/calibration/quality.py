@@ -139,6 +139,11 @@ class Reference:
         return len(self._calls)
 
     @property
+    def of_distributions(self) -> bool:
+        """Whether nearness is a divergence, since outputs are distributions."""
+        return bool(self._meanings)
+
+    @property
     def feeds(self) -> list[Feeds]:
         """The calls that were kept."""
         return [feeds for feeds, _ in self._calls]

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,6 +83,13 @@ class Task:
             return (call.feeds for call in self.read())
 
         return Samples(self.origin, False, self.count, read)
+
+    def first(self, count: int) -> "Task":
+        """Return the task of the first samples; itself where these are all."""
+        if count >= self.count:
+            return self
+        origin = f"the first {counted(count, 'sample')} of {self.origin}"
+        return replace(self, origin=origin, count=count, read=lambda: islice(self.read(), count))
 
     def fingerprint(self) -> str:
         """Return a SHA-256, hex, over what the loss is and all inputs and labels in order."""

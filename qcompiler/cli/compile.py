@@ -21,11 +21,13 @@ from qcompiler.cli.options import (
     reconstruction_options,
     samples_of,
 )
+from qcompiler.cli.search_options import search_of, search_options
 
 if TYPE_CHECKING:
     from qcompiler.artefacts import CompileResult
     from qcompiler.options import CompileOptions
     from qcompiler.progress import Progress
+    from qcompiler.search import SearchRequest
     from qcompiler.team import Team
 
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     "--metric", metavar="MODULE:FUNCTION", help="The same by a measure of yours, higher is better."
 )
 @click.option("--max-metric-drop", type=float, help="What --metric may lose against float.")
+@search_options
 @gate_options
 @click.option(
     "--verify",
@@ -127,13 +130,13 @@ def command(
     )
     gate_samples = samples_of(others)
     seed = others["seed"]
-    task = task_of(others)
+    search, task = search_of(others), task_of(others)
     calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
         calibration=calibration,
         equalization=equalization_of(others),
-        islands=islands_of(others),
+        islands=islands_of(others) if search is None else None,
         task=task,
         reconstruct=Reconstruction(others.pop("reconstruct")),
         engine_options=engine_options_of(others),
@@ -152,7 +155,7 @@ def command(
                 return
             with terminal_progress() as progress:
                 result, no_script = _compile(
-                    model, options, output, progress, team, back_off=back_off
+                    model, options, output, search, progress, team, back_off=back_off
                 )
     except GateFailedError as failure:
         publish(failure.verdict)
@@ -179,6 +182,7 @@ def _compile(
     model: Path,
     options: "CompileOptions",
     output: Path | None,
+    search: "SearchRequest | None",
     progress: "Progress",
     team: "Team",
     *,
@@ -190,6 +194,14 @@ def _compile(
     from qcompiler.compile import compile_model
     from qcompiler.errors import UsageError
 
+    if search is not None:
+        from qcompiler.search import compile_searching
+
+        if team.size > 1:
+            message = "a search is made by one process"
+            hint = "search with one process, then compile its recipe with several"
+            raise UsageError(message, where="--search", hint=hint)
+        return compile_searching(model, options, search, output=output, progress=progress), None
     if output is not None and is_bundle_name(output):
         if team.size > 1:
             message = "a bundle is made by one process"

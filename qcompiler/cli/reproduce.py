@@ -13,6 +13,7 @@ _DIFFERS = 5
 @click.argument("manifest", type=MODEL)
 @click.argument("model", type=MODEL)
 @click.option("--calibration", metavar="DATA", help=SOURCE_HELP)
+@click.option("--task", metavar="DATA", help="What it was made for, if for a task.")
 @click.option("--tokenizer", type=MODEL, metavar="FILE", help="tokenizer.json, for texts.")
 @click.option("--image-spec", metavar="SPEC", help="size=224,mean=..., or a TOML file.")
 @click.option(
@@ -23,6 +24,7 @@ def command(
     manifest: Path,
     model: Path,
     calibration: str | None,
+    task: str | None,
     tokenizer: Path | None,
     image_spec: str | None,
     measurements: Path | None,
@@ -34,7 +36,7 @@ def command(
     """
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.cli.progress import terminal_progress
-    from qcompiler.options import CalibrationOptions
+    from qcompiler.options import CalibrationOptions, TaskOptions
     from qcompiler.reproduce import reproduce
 
     samples = SampleOptions(tokenizer=tokenizer, image_spec=image_spec)
@@ -43,6 +45,7 @@ def command(
             manifest,
             model,
             None if calibration is None else CalibrationOptions(calibration, samples),
+            task=None if task is None else TaskOptions(task, samples),
             measurements=measurements,
             custom_op_libraries=custom_ops,
             progress=progress,

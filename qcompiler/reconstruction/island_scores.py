@@ -14,6 +14,7 @@ from qcompiler.progress import Progress
 from qcompiler.quant.arithmetic import dequantize
 from qcompiler.quant.islands import Saliency, importance, saliency_scores
 from qcompiler.reconstruction.gradients import GradientRun, Leaf, sum_gradients
+from qcompiler.reconstruction.kept_gradients import KeptGradients
 from qcompiler.reconstruction.starting_point import CodedWeight, StartingPoint
 from qcompiler.reconstruction.tensor_files import TensorFiles
 
@@ -29,12 +30,14 @@ class Scoring:
         task: What the model is to be good at; None where the measure needs no gradient.
         run: How gradients are computed.
         seed: Of the random measure.
+        kept: Where gradients are kept and looked for.
     """
 
     measure: Saliency
     task: Task | None
     run: GradientRun = field(default_factory=GradientRun)
     seed: int = 0
+    kept: KeptGradients = field(default_factory=lambda: KeptGradients(None))
 
     @property
     def at_codes(self) -> bool:
@@ -83,24 +86,37 @@ class ScoredWeights:
         """
         scoring = self._scoring
         if scoring.measure.needs_gradient:
-            assert scoring.task is not None
-            model = start.model if scoring.at_codes else start.original
-            self.loss = sum_gradients(
-                model,
-                start.blocks,
-                _leaves(start, weights, at_codes=scoring.at_codes),
-                scoring.task,
-                start.original,
-                scoring.run,
-                self._gradients,
-                progress,
-            )
+            self.loss = self._sum_gradients(start, weights, progress)
         for at, weight in enumerate(weights):
             values, gradient = float_weight(weight), self._gradient(weight)
             rounded = coded_values(weight) if scoring.measure.needs_codes else None
             seed = scoring.seed + at
             found = saliency_scores(scoring.measure, values, gradient, rounded, seed)
             self.scores.put(weight.name, found)
+
+    def _sum_gradients(
+        self, start: StartingPoint, weights: Sequence[CodedWeight], progress: Progress
+    ) -> float:
+        scoring = self._scoring
+        assert scoring.task is not None
+        models = [start.original, *([start.model] if scoring.at_codes else [])]
+        names = [weight.name for weight in weights]
+        key = scoring.kept.key(scoring.task, models, names, scoring.run)
+        known = scoring.kept.load(key, self._gradients)
+        if known is not None:
+            return known
+        loss = sum_gradients(
+            models[-1],
+            start.blocks,
+            _leaves(start, weights, at_codes=scoring.at_codes),
+            scoring.task,
+            start.original,
+            scoring.run,
+            self._gradients,
+            progress,
+        )
+        scoring.kept.keep(key, self._gradients, names, loss)
+        return loss
 
     def importance(self, weight: CodedWeight, at: int) -> Floats:
         """Return what each element's error counts, whatever the codes; `at` is its number."""

@@ -30,6 +30,7 @@ from qcompiler.report.records import (
     UnplannedWeight,
     WindowReport,
 )
+from qcompiler.report.search_points import SearchPoint, SearchReport
 
 _MANIFEST: Final = "qcompiler-manifest"
 _MANIFEST_VERSION: Final = 1
@@ -83,6 +84,7 @@ def _report(content: dict[str, Any]) -> Report:
             "warnings": tuple(content["warnings"]),
             "calibration": _calibration(content.get("calibration")),
             "islands": _islands(content.get("islands")),
+            "search": _search(content.get("search")),
             "engine": _engine(content.get("engine")),
             "windows": tuple(WindowReport(**window) for window in content.get("windows", ())),
             "metric": MetricReport(**metric) if (metric := content.get("metric")) else None,
@@ -123,6 +125,13 @@ def _islands(content: dict[str, Any] | None) -> IslandsReport | None:
         return None
     sites = tuple(IslandSite(**entry) for entry in content["sites"])
     return IslandsReport(**{**content, "sites": sites})
+
+
+def _search(content: dict[str, Any] | None) -> SearchReport | None:
+    if content is None:
+        return None
+    points = tuple(SearchPoint(**entry) for entry in content["points"])
+    return SearchReport(**{**content, "bounds": tuple(content["bounds"]), "points": points})
 
 
 @dataclass(frozen=True, slots=True)

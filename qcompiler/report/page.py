@@ -93,6 +93,7 @@ def report_html(report: Report) -> str:
         sections=_sections(report, data, heat, left),
         growth=data["growth"],
         windows=data["windows"],
+        search=data["search"],
         island_lines=list(island_lines(report.islands)),
         heat=heat,
         schemes=sorted({node.scheme for node in report.nodes}),
@@ -221,6 +222,7 @@ def _sections(
         "float": ("Float", left),
         "channels": ("Ranges", report.channels),
         "windows": ("Reconstruction", data["windows"]),
+        "search": ("Search", report.search),
         "islands": ("Islands", heat),
         "passes": ("Passes", True),
         "recipe": ("Do it again", True),
@@ -287,7 +289,9 @@ def _command(report: Report) -> str:
     parts += ["--task", "TASK"] if settings.get("task") else []
     parts += ["--cast-io"] if settings.get("cast_io") else []
     if report.calibration is not None:
-        parts += ["--calibration", "DATA"]
+        task = settings.get("task")
+        alone = isinstance(task, Mapping) and task.get("alone")
+        parts += [] if alone else ["--calibration", "DATA"]
         parts += ["--no-never-slower"] if settings.get("never_slower") is False else []
     return shlex.join(parts)
 
@@ -296,5 +300,8 @@ def _reproduce(report: Report) -> str:
     """Return the command that compiles with exactly these settings and compares bytes."""
     manifest = str(Path(report.output.name).with_suffix(".manifest.json"))
     parts = ["qcompile", "reproduce", manifest, report.source.name]
-    parts += ["--calibration", "DATA"] if report.calibration is not None else []
+    task = report.settings.get("task")
+    alone = isinstance(task, Mapping) and task.get("alone")
+    parts += ["--calibration", "DATA"] if report.calibration is not None and not alone else []
+    parts += ["--task", "TASK"] if task else []
     return shlex.join(parts)

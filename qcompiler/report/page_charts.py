@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import inf
+from typing import Any, Final
 
 from qcompiler.report.islands import IslandGrid, island_grid
 from qcompiler.report.records import NodeReport, Report, WindowReport
+from qcompiler.report.search_points import SearchReport
+
+_ACCURACY: Final = {
+    "metric": "metric",
+    "divergence": "divergence, nats",
+    "sqnr_db": "SQNR, dB",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ def chart_data(report: Report) -> dict[str, Any]:
         "growth": _growth(report.nodes),
         "channels": [asdict(profile) for profile in report.channels],
         "windows": _windows(report.windows),
+        "search": _search(report.search),
     }
 
 
@@ -73,16 +82,50 @@ def _windows(windows: Sequence[WindowReport]) -> dict[str, Any] | None:
         return None
     return {
         "names": [_window_name(window) for window in windows],
-        "before": [_loss(window.loss_before) for window in windows],
-        "after": [_loss(window.loss_after) for window in windows],
+        "before": [_number(window.loss_before) for window in windows],
+        "after": [_number(window.loss_after) for window in windows],
     }
+
+
+def _search(search: SearchReport | None) -> dict[str, Any] | None:
+    """Return the points of a search that were measured, by size, and the line of the best."""
+    made = [p for p in search.points if p.average_bits is not None] if search else []
+    if search is None or len(made) < 2:
+        return None
+    made.sort(key=lambda point: point.average_bits or 0.0)
+    accuracy = [_number(getattr(point, search.accuracy)) for point in made]
+    lower = search.accuracy == "divergence"
+    return {
+        "label": _ACCURACY[search.accuracy],
+        "names": [f"{point.name} ({point.outcome})" for point in made],
+        "bits": [_number(point.average_bits) for point in made],
+        "accuracy": accuracy,
+        "logarithmic": lower,
+        "front": _front(accuracy, -1 if lower else 1),
+        "chosen": [
+            value if point.outcome == "chosen" else None
+            for point, value in zip(made, accuracy, strict=True)
+        ],
+        "latency": [_number(point.latency_ratio) for point in made],
+    }
+
+
+def _front(accuracy: Sequence[float | None], sign: int) -> list[float | None]:
+    """Return what no smaller point is as accurate as, None elsewhere; points come by size."""
+    found: list[float | None] = []
+    best = -inf
+    for value in accuracy:
+        ahead = value is not None and sign * value > best
+        found.append(value if ahead else None)
+        best = sign * value if value is not None and ahead else best
+    return found
 
 
 def _window_name(window: WindowReport) -> str:
     return window.blocks if window.kept else f"{window.blocks} (not kept)"
 
 
-def _loss(value: float | None) -> float | None:
+def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcompiler.calibration.channel_profiles import ChannelProfile
+from qcompiler.report.search_points import SearchReport
 
 SCHEMA = "qcompiler-report"
 SCHEMA_VERSION = 1
@@ -440,5 +441,6 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     channels: tuple[ChannelProfile, ...] = ()
     islands: IslandsReport | None = None
+    search: SearchReport | None = None
     schema: str = SCHEMA
     schema_version: int = SCHEMA_VERSION

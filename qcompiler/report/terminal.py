@@ -16,6 +16,7 @@ from qcompiler.report.records import (
     QualityReport,
     Report,
 )
+from qcompiler.report.search_points import search_lines
 
 _MAX_ROWS = 40
 _WIDTH_OF_A_FILE = 160
@@ -55,7 +56,7 @@ def print_report(report: Report, path: Path, console: Console | None = None) -> 
         console.print(escape(line), highlight=False)
     for line in island_lines(report.islands):
         console.print(escape(line), highlight=False)
-    for line in (*_reasons(report.nodes), *_types(report.nodes)):
+    for line in (*search_lines(report.search), *_reasons(report.nodes), *_types(report.nodes)):
         console.print(escape(line), highlight=False)
     for warning in report.warnings[:_MAX_ROWS]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -238,10 +239,12 @@ def _reasons(nodes: Sequence[NodeReport]) -> Iterator[str]:
     for node in nodes:
         if node.weight is not None:
             groups.setdefault((node.scheme, node.rule, node.reason), []).append(node.name)
-    for (scheme, rule, reason), names in groups.items():
+    for (scheme, rule, reason), names in list(groups.items())[:_MAX_ROWS]:
         more = ", ..." if len(names) > _NAMES_SHOWN else ""
         shown = ", ".join(names[:_NAMES_SHOWN]) + more
         yield f"{scheme} by {rule}: {len(names)} ({shown}): {reason}"
+    if len(groups) > _MAX_ROWS:
+        yield f"and {len(groups) - _MAX_ROWS} more reasons; the report and `explain` have them"
 
 
 def _types(nodes: Sequence[NodeReport]) -> Iterator[str]:

@@ -163,3 +163,12 @@ def test_labels_must_be_there_and_fit(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no"):
         _open(tmp_path / "empty", _classifier())
+
+
+def test_the_first_samples_are_a_task() -> None:
+    task = task_of_outputs(samples_of([{"x": np.eye(3, dtype=np.float32)}] * 2))
+    first = task.first(4)
+    assert (first.count, len(list(first.read()))) == (4, 4)
+    assert first.origin == f"the first 4 samples of {task.origin}"
+    assert first.fingerprint() != task.fingerprint()
+    assert task.first(6) is task

@@ -45,6 +45,7 @@ def test_every_part_of_the_report_is_on_the_page() -> None:
         *("a warning about first", "reason of second", "QLinearMatMul", "assign-schemes"),
         *("default = &#34;w8a8&#34;", "--metric mine:accuracy", "--user-pass my:pass", "ab" * 32),
         *('id="accuracy"', 'id="windows"', 'id="islands"', 'id="channels"', 'id="float"'),
+        *('id="search"', "mix of first", "fails: third is slow", "it takes 4.28 bits", "24.5"),
         *("8 of 9 weights as planned", "planned as INT8, found as FLOAT16", "first is slow"),
         *(
             "31",
@@ -61,9 +62,17 @@ def test_every_part_of_the_report_is_on_the_page() -> None:
 
 
 def test_sections_without_data_are_left_out() -> None:
-    bare = replace(full_report(), windows=(), islands=None, channels=(), calibration=None, nodes=())
+    bare = replace(
+        full_report(),
+        windows=(),
+        islands=None,
+        channels=(),
+        search=None,
+        calibration=None,
+        nodes=(),
+    )
     text = report_html(bare)
-    for anchor in ("accuracy", "windows", "islands", "channels", "float"):
+    for anchor in ("accuracy", "windows", "islands", "channels", "float", "search"):
         assert f'id="{anchor}"' not in text
     assert 'id="nodes"' in text
 

@@ -17,6 +17,7 @@ from qcompiler.report.records import (
     UnplannedWeight,
 )
 from qcompiler.report.terminal import print_report, size
+from tests.support.reports import full_report
 
 
 def _report(count: int) -> Report:
@@ -75,6 +76,22 @@ def test_a_large_model_has_a_row_for_every_kind() -> None:
     text = _printed(_report(100))
     assert "100 nodes" in text
     assert "layer[50]" not in text
+
+
+def test_many_reasons_are_cut() -> None:
+    report = _report(100)
+    nodes = tuple(replace(node, reason=f"reason of {node.name}") for node in report.nodes)
+    text = _printed(replace(report, nodes=nodes))
+    assert text.count("reason of") == 40
+    assert "and 60 more reasons" in text
+
+
+def test_a_search_has_a_line_for_every_candidate() -> None:
+    text = _printed(full_report())
+    assert "searched for the smallest that holds --min-output-sqnr 20, --max-latency-ratio" in text
+    assert "-> w8a16: 8.10 bits, 24.5 dB; chosen" in text
+    assert " - mix of first: 2.50 bits, metric 0.8, 12.5 dB, 0.95 of float's time; fails:" in text
+    assert " - w4a16:b64: not made: it takes 4.28 bits" in text
 
 
 def test_sizes_have_units() -> None:

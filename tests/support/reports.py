@@ -18,6 +18,7 @@ from qcompiler.report.records import (
     UnplannedWeight,
     WindowReport,
 )
+from qcompiler.report.search_points import SearchPoint, SearchReport
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -107,6 +108,21 @@ def full_report(*names: str) -> Report:
                 IslandSite(names[0], 0, names[0], "w3a16:b64", 1000, 0.5, 20, 0.2, 40),
                 IslandSite(last, 1, "up", "w3a16:b64", 1000, 0.2, 40, 0.3, 80),
                 IslandSite(last, -1, names[0], "w3a16:b64", 1000, 0.3, 0, 0.0, 0),
+            ),
+        ),
+        search=SearchReport(
+            ("--min-output-sqnr 20", "--max-latency-ratio 0.9"),
+            "smallest",
+            f"the last 4 calls of {names[0]}",
+            "sqnr_db",
+            0.9,
+            (
+                SearchPoint(
+                    *(f"mix of {names[0]}", "fails", f"{last} is slow", 2.5, 1 << 20, 12.5, 0.01),
+                    *(0.8, 0.95, 0.9, 1.0, 0.9, True),
+                ),
+                SearchPoint("w8a16", "chosen", "", 8.1, 2 << 20, 24.5, pareto=True),
+                SearchPoint("w4a16:b64", "not made", "it takes 4.28 bits", predicted_latency=0.7),
             ),
         ),
     )

@@ -121,6 +121,25 @@
         axes: [axis("window", counted), axis("loss")],
       }, [numbers(names), positive(before), positive(after)]];
     },
+    search() {
+      const { label, names, bits, logarithmic, latency } = data.search;
+      const shown = logarithmic ? positive : (values) => values;
+      const dots = (size) => ({ paths: () => null, points: { show: true, size } });
+      const series = [
+        { label: "candidate", value: (_, __, ___, index) => names[index] ?? "" },
+        line(label, "--accent", { ...dots(6), points: { show: true, size: 6, fill: color("--panel") } }),
+        line("none smaller as good", "--accent", { spanGaps: true, points: { show: false } }),
+        line("chosen", "--accent", dots(11)),
+      ];
+      const axes = [axis("bits per weight"), axis(label, { values: (_, ticks) => ticks.map(short) })];
+      const columns = [bits, ...["accuracy", "front", "chosen"].map((name) => shown(data.search[name]))];
+      if (latency.some((value) => value !== null)) {
+        series.push(line("latency", "--second", { scale: "ratio", ...dots(5) }));
+        axes.push(axis("latency, of float's", { scale: "ratio", side: 1, grid: { show: false } }));
+        columns.push(latency);
+      }
+      return [{ series, scales: { x: { time: false }, y: { distr: logarithmic ? 3 : 1 } }, axes }, columns];
+    },
   };
 
   const drawn = new Map();

@@ -4,12 +4,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.execution.measurements import Measurements
 from qcompiler.ir.provenance import REGION
-from qcompiler.passes.assign.measured_units import Unit, alternative, find_units
-from qcompiler.quant.scheme import Activations
+from qcompiler.ir.shapes import infer_shapes
+from qcompiler.ir.weights import WeightStore
+from qcompiler.passes.assign.assign_schemes import AssignOptions, AssignSchemes
+from qcompiler.passes.assign.latency_choice import Variant
+from qcompiler.passes.assign.measured_units import Unit, alternative, find_products, find_units
+from qcompiler.passes.assign.region_bench import Workshop, measure_as_planned
+from qcompiler.quant.recipe import Recipe
+from qcompiler.quant.scheme import Activations, parse_scheme
+from qcompiler.rewriting.base import PassContext
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
-from tests.support.graphs import build, random_array
-from tests.support.regions import planned
+from tests.support.graphs import build, op_types, random_array
+from tests.support.regions import REMAINING, FakeBench, place, planned
 
 
 def names(units: list[Unit]) -> list[list[str]]:
@@ -104,3 +112,30 @@ def test_alternatives_are_those_of_the_target(tmp_path: Path) -> None:
     assert str(alternative(unit, Activations.FLOAT, ONNXRUNTIME)["p"].scheme).startswith("w8a16")
     (unit,) = find_units(planned(convolutions(), tmp_path))
     assert alternative(unit, Activations.DYNAMIC, ONNXRUNTIME) == {}
+
+
+def test_products_with_float_data_stand_alone(tmp_path: Path) -> None:
+    model = products(
+        """[q] q = MatMul(x, w) [add] a = Add(b, q) [k] k = MatMul(x, v) [s] s = Softmax(a)
+           [y] y = Sub(s, k)""",
+        v=random_array(64, 64),
+    )
+    infer_shapes(model)
+    context = PassContext(WeightStore(tmp_path))
+    recipe = Recipe.uniform(parse_scheme("w8a16"), ("k",))
+    AssignSchemes(AssignOptions(recipe, ONNXRUNTIME)).run(model, context)
+    assert not find_units(model)
+    (unit,) = find_products(model)
+    assert names([unit]) == [["q"]]
+    assert [node.name for node in unit.segment.nodes] == ["q", "add"]
+    assert unit.data.name == "x"
+    bench = FakeBench(**{"weight-only": 0.5})  # by its codes that is what it is
+    workshop = Workshop(ONNXRUNTIME, place(), REMAINING, bench)
+    feeds = {"x": random_array(4, 64)}
+    measurements = Measurements(None)
+    for _ in range(2):
+        (timings,) = measure_as_planned(model, [unit], feeds, workshop, measurements, context)
+        assert timings[Variant.PLANNED].ratio == 0.5
+    ((float_model, planned_model),) = bench.seen
+    assert op_types(float_model) == ["MatMul", "Add"]
+    assert op_types(planned_model)[-2:] == ["MatMul", "Add"] != op_types(planned_model)
