@@ -179,7 +179,7 @@ class _Reconstruction:
         if not kept:
             trainee.restore(state)
         codes = sum(each.size for each in trainee.weights)
-        flipped = sum(each.harden().flipped for each in trainee.weights)
+        flipped = sum(each.flipped() for each in trainee.weights)
         detail = f"loss {before:.4g} -> {after:.4g}"
         detail += (
             f", {flipped / max(1, codes):.2%} of codes are others" if kept else ", left as it was"

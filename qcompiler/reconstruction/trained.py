@@ -26,7 +26,7 @@ class Trained(ABC):
 
     def state(self) -> list[Tensor]:
         """Return copies of all that is learned, on the CPU."""
-        return [each.detach().cpu().clone() for each in self.parameters()]
+        return [each.detach().to("cpu", copy=True) for each in self.parameters()]
 
     def restore(self, state: Iterable[Tensor]) -> None:
         """Take what `state` returned."""

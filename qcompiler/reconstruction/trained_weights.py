@@ -158,7 +158,7 @@ class TrainedWeight(Trained):
     def _first_position(self) -> Tensor:
         """Return positions that round to the start codes, as near to the float weight as can be."""
         grid = self._grid
-        exact = to_torch(read_all(self.weight.tensor)).to(self._device, torch.float32)
+        exact = to_torch(read_all(self.weight.tensor)).to(self._device).to(torch.float32)
         position = grid.split(exact) / grid.spread(self._scale) + grid.spread(self._zero)
         codes = grid.split(self._codes).to(torch.float32)
         return grid.join(torch.maximum(torch.minimum(position, codes + _CELL), codes - _CELL))
@@ -237,6 +237,10 @@ class TrainedWeight(Trained):
         with torch.no_grad():
             steps = grid.split(self.codes()).to(torch.float32) - grid.spread(self._zero)
             return grid.join(steps * grid.spread(self.scale()))
+
+    def flipped(self) -> int:
+        """Return how many codes are not those of the start."""
+        return int((self.codes() != self._codes).sum())
 
     def harden(self) -> Hardened:
         """Return codes and scales for the graph."""
