@@ -1,5 +1,6 @@
 """The tables of `float16.json`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ def _model_line(before: Record) -> str:
     return (
         f"float32: file {before['file_bytes'] / _MIB:.1f} MiB, {before['nodes']} nodes, "
         f"{before['casts']} Casts; {before['out_of_float16']} of {before['values']} values exceed "
-        f"65504{planted}. Calibrated with the first {before['calls']} calls of "
-        f"{before['samples']}; compared on {before['feeds']}."
+        f"65504{planted}. Calibrated with {before['calls']} calls, {before['samples']}; "
+        f"compared on {before['feeds']}."
     )
 
 
@@ -105,6 +106,8 @@ def _decibels(facts: Record) -> str:
         return "does not run"
     if facts["output_sqnr_db"] is None:
         return "inf, NaN"
+    if math.isinf(facts["output_sqnr_db"]):
+        return "equal"
     return f"{facts['output_sqnr_db']:.1f}{'*' * ('failure_with_reuse' in facts)}"
 
 
