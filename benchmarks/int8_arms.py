@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -115,13 +116,13 @@ def _versions(arm: Peer) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Make one model."""
+def main(arms: Mapping[str, Peer] = ARMS) -> None:
+    """Make one model with one of some settings."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("calls", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("arm", choices=list(ARMS), metavar="ARM")
+    parser.add_argument("arm", choices=list(arms), metavar="ARM")
     parser.add_argument("--transformer", action="store_true")
     arguments = parser.parse_args()
     task = Task(arguments.source, arguments.calls, arguments.output, arguments.transformer)
@@ -129,7 +130,7 @@ def main() -> None:
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with redirect_stdout(sys.stderr):
-        facts = make(task, ARMS[arguments.arm])
+        facts = make(task, arms[arguments.arm])
     with os.fdopen(answer, "w") as stream:
         stream.write(json.dumps(facts))
 

@@ -1,10 +1,12 @@
 """Variants of real models with outlier channels planted in, which compute the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.ir.channels.groups import ChannelGroup, find_groups, group_behind_mul
@@ -30,14 +32,50 @@ LARGEST: Final = 100.0
 """By how much they grow."""
 
 
+OVERFLOW: Final = 2.0**18
+"""By how much a channel grows that is to leave float16: a power of two, so nothing is rounded."""
+_EVERY: Final = 4
+"""Of the groups of a model, one in so many gets such a channel."""
+
+_Scales = Callable[[int], npt.NDArray[np.float64]]
+
+
 def plant_outliers(source: Path, output: Path, seed: int = 0) -> int:
     """Write a model with some channels scaled up and their readers down; return how many channels.
 
     They are those behind norms where the model has norms whose channels can be scaled (a norm
     without a weight gets one), else those between linear ops or convolutions.
     """
-    model = load_model(source)
     generator = np.random.default_rng(seed)
+
+    def scales(channels: int) -> npt.NDArray[np.float64]:
+        found = np.ones(channels)
+        count = max(1, round(SHARE * channels))
+        chosen = generator.choice(channels, count, replace=False)
+        found[chosen] = 1 / generator.uniform(SMALLEST, LARGEST, count)
+        return found
+
+    return _plant(source, output, scales, every=1)
+
+
+def plant_overflow(source: Path, output: Path, seed: int = 0) -> int:
+    """Write a model in which some channels leave the range of float16; return how many.
+
+    One channel of one in four groups grows by 2^18, and what reads it shrinks by as much, exactly.
+    """
+    generator = np.random.default_rng(seed)
+
+    def scales(channels: int) -> npt.NDArray[np.float64]:
+        found = np.ones(channels)
+        found[generator.integers(channels)] = 1 / OVERFLOW
+        return found
+
+    return _plant(source, output, scales, every=_EVERY)
+
+
+def _plant(source: Path, output: Path, scales_of: _Scales, *, every: int) -> int:
+    """Divide channels of one in `every` group by their scales; return how many change."""
+    model = load_model(source)
     planted = 0
     with TemporaryDirectory() as folder, WeightStore(Path(folder)) as store:
         context = PassContext(store)
@@ -45,13 +83,10 @@ def plant_outliers(source: Path, output: Path, seed: int = 0) -> int:
         names = [each.name for each in passes]
         PassManager(context).run(model, passes[: names.index(AssignSchemes.name)])
         taken = value_names(model)
-        for group in _groups(model):
-            scales = np.ones(group.count)
-            count = max(1, round(SHARE * group.count))
-            chosen = generator.choice(group.count, count, replace=False)
-            scales[chosen] = 1 / generator.uniform(SMALLEST, LARGEST, count)
+        for group in _groups(model)[::every]:
+            scales = scales_of(group.count)
             scale_group(group, scales, store, taken, "plant-outliers")
-            planted += count
+            planted += int((scales != 1).sum())
         save_model(model, output, progress=SilentProgress())
     return planted
 

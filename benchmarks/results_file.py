@@ -12,6 +12,8 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("qcompiler", "onnxruntime", "onnx", "onnx-ir", "numpy", "torch")
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "i8mm")
+_PLACES = ("--peer-python", "--results", "--folder", "--cache-dir")
+"""Options that say where things are on a machine, each with a word of its own or behind =."""
 
 
 @cache
@@ -66,7 +68,7 @@ class Results:
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
         self.content["machine"] = machine()
         self.content["versions"] = versions()
-        text = " ".join(command)
+        text = " ".join(_without_places(command))
         if text not in self.content["commands"]:
             self.content["commands"].append(text)
 
@@ -96,3 +98,12 @@ class Results:
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
         new.replace(self.path)
+
+
+def _without_places(words: Sequence[str]) -> list[str]:
+    """Return a command without what says where things are on the machine it ran on."""
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before not in _PLACES and word.partition("=")[0] not in _PLACES
+    ]

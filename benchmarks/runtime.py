@@ -18,7 +18,9 @@ SessionFactory = Callable[[], ort.InferenceSession]
 ModelSource = Path | SessionFactory
 
 
-def session_factory(path: Path, *, optimized: bool = True, threads: int = 1) -> SessionFactory:
+def session_factory(
+    path: Path, *, optimized: bool = True, threads: int = 1, reuse_buffers: bool = True
+) -> SessionFactory:
     """Return a function that opens `path` on the CPU.
 
     Args:
@@ -26,6 +28,8 @@ def session_factory(path: Path, *, optimized: bool = True, threads: int = 1) -> 
         optimized: Whether ONNX Runtime may rewrite the graph. A Q/DQ model is worth scoring both
             ways: without, its Q/DQ nodes run as written; with, integer kernels take over.
         threads: Threads used inside one operator.
+        reuse_buffers: Whether values may share memory, which takes shapes in the file that are
+            true.
     """
 
     def open_session() -> ort.InferenceSession:
@@ -33,6 +37,7 @@ def session_factory(path: Path, *, optimized: bool = True, threads: int = 1) -> 
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
+        options.enable_mem_reuse = reuse_buffers
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL

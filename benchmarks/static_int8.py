@@ -20,62 +20,28 @@ parts measured at different times are merged when they were measured on the same
 """
 
 import argparse
-import json
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
+from benchmarks.arm_process import add_process_options, choice, make_model
 from benchmarks.int8_arms import ARMS, NOT_INSTALLED, THREADS, Ours
-from benchmarks.int8_peers import FAMILIES
+from benchmarks.int8_peers import FAMILIES, Task
 from benchmarks.int8_table import markdown, row_text
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.latency import latency_ratio
-from benchmarks.measured_process import run_measured
 from benchmarks.results_file import FOLDER, Results, versions
 from benchmarks.runtime import SessionFactory, output_sqnr, session_factory
 from benchmarks.weight_stats import digest, file_bytes, op_counts, weight_bytes
 
 _METRICS = ("quality", "latency")
-_ROOT = Path(__file__).parent.parent
 _ERRORS_ONLY = 3
-_GIB = 1 << 30
 
 Facts = dict[str, Any]
-
-
-def compile_arm(
-    workload: Int8Workload, calls: Path, output: Path, name: str, arguments: argparse.Namespace
-) -> Facts:
-    """Make an arm's model in a process of its own; return what it was made with and what it took.
-
-    Returns:
-        `compile` (`seconds`, `peak_bytes`), `made_with`, and `failure` if there is no model.
-    """
-    interpreters: Mapping[str, Path] = dict(arguments.peer_python)
-    python = interpreters.get(ARMS[name].family, Path(sys.executable))
-    command = [str(python), "-m", "benchmarks.int8_arms"]
-    command += [str(workload.task.build()), str(calls), str(output), name]
-    command += ["--transformer"] * workload.transformer
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(_ROOT)}
-    outcome = run_measured(
-        command,
-        environment,
-        folder=output.parent,
-        memory_limit=int(arguments.memory_limit * _GIB),
-        time_limit=arguments.time_limit,
-    )
-    took = {"seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes}
-    if outcome.returncode:
-        return {"failure": outcome.last_complaint, "compile": took}
-    facts: Facts = json.loads(outcome.stdout.splitlines()[-1])
-    if "failure" not in facts and not output.exists():
-        facts["failure"] = "wrote no model"
-    return facts | {"compile": took}
 
 
 def executed_ops(path: Path) -> dict[str, int]:
@@ -133,7 +99,8 @@ class _Run:
             return
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             model = Path(folder) / "model.onnx"
-            facts = compile_arm(self.workload, self.calls, model, name, self.arguments)
+            task = Task(self.source, self.calls, model, self.workload.transformer)
+            facts = make_model("benchmarks.int8_arms", task, ARMS[name], self.arguments)
             facts["versions"] = versions()
             if "failure" not in facts:
                 self._measure(model, facts, old)
@@ -187,50 +154,18 @@ class _Run:
         return bool(record.get("quality", {}).get("items") == self.items)
 
 
-def _choice(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            message = f"no such name: {', '.join(unknown)}; there are {', '.join(known)}"
-            raise argparse.ArgumentTypeError(message)
-        return names
-
-    return parse
-
-
-def _peer_python(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    if name not in FAMILIES or not path:
-        message = f"{text} is not NAME=PATH with a NAME of {', '.join(FAMILIES)}"
-        raise argparse.ArgumentTypeError(message)
-    if not Path(path).is_file():
-        message = f"there is no {path}"
-        raise argparse.ArgumentTypeError(message)
-    # Not resolved: the link is what makes an interpreter one of a virtual environment.
-    return name, Path(path).absolute()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(INT8_WORKLOADS)
-    parser.add_argument("--models", type=_choice(names), default=names)
-    parser.add_argument("--arms", type=_choice(list(ARMS)), default=list(ARMS))
-    parser.add_argument("--metrics", type=_choice(_METRICS), default=list(_METRICS))
+    parser.add_argument("--models", type=choice(names), default=names)
+    parser.add_argument("--arms", type=choice(list(ARMS)), default=list(ARMS))
+    parser.add_argument("--metrics", type=choice(_METRICS), default=list(_METRICS))
     parser.add_argument("--quick", action="store_true", help="score fewer items of each task")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON already has")
     parser.add_argument("--list", action="store_true", help="print the names of arms, and stop")
-    parser.add_argument(
-        "--peer-python",
-        action="append",
-        default=[],
-        type=_peer_python,
-        metavar="NAME=PATH",
-        help=f"interpreter that has a peer ({', '.join(FAMILIES)}) installed; this one by default",
-    )
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB; ends a quantizer")
-    parser.add_argument("--time-limit", type=float, default=1800.0, help="seconds; the same")
+    add_process_options(parser, FAMILIES)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for JSON and table")
     return parser
 
@@ -241,7 +176,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(ARMS))
         return
-    command = ["python -m benchmarks.static_int8", *_without_paths(sys.argv[1:])]
+    command = ["python -m benchmarks.static_int8", *sys.argv[1:]]
     results = Results(command, arguments.results, "static_int8")
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="qcompiler-int8-") as scratch:
@@ -256,16 +191,6 @@ def main() -> None:
 def _markdown(content: dict[str, Any]) -> str:
     ours = [name for name, arm in ARMS.items() if isinstance(arm, Ours)]
     return markdown(content, list(ARMS), ours)
-
-
-def _without_paths(words: Sequence[str]) -> list[str]:
-    """Return arguments without those that say where things are on this machine."""
-    kept: list[str] = []
-    places = ("--peer-python", "--results")
-    for before, word in zip(["", *words], words, strict=False):
-        if before not in places and not word.startswith(places):
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ def weight_bytes(path: Path) -> int:
     return sum(_bytes(tensor) for tensor in _tensors(_load(path).graph))
 
 
+def bytes_by_type(path: Path) -> dict[str, int]:
+    """Return the bytes of all constants by the name of their type, in all bodies."""
+    found: Counter[str] = Counter()
+    for tensor in _tensors(_load(path).graph):
+        found[onnx.TensorProto.DataType.Name(tensor.data_type)] += _bytes(tensor)
+    return dict(found)
+
+
 def float_elements(path: Path) -> int:
     """Return how many elements the float constants of two or more axes have, scales apart."""
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
