@@ -49,6 +49,7 @@ class Row:
         weight_bound: Whether the row pays off only where reading weights takes longer than
             multiplying by them; it is asked where the processor is known.
         activation_bits: Legal widths of calibrated activations.
+        floating: Whether codes are floats (E4M3), those of weights and of activations.
     """
 
     rule: str
@@ -71,12 +72,14 @@ class Row:
     per_tensor: bool = False
     weight_bound: bool = False
     activation_bits: tuple[int, ...] = (8,)
+    floating: bool = False
 
     def multiplies(self, scheme: QScheme) -> bool:
         """Whether it is about weights and activations of such bits."""
         static = scheme.activations is Activations.STATIC
         return (
-            scheme.weight_bits in self.weight_bits
+            scheme.floating == self.floating
+            and scheme.weight_bits in self.weight_bits
             and scheme.activations is self.activations
             and (not static or scheme.activation_bits in self.activation_bits)
         )
@@ -93,6 +96,7 @@ class Refusal:
         reason: Why the op stays in float, one sentence without a full stop.
         source: Where the row comes from.
         activations: The treatment of the data input that it is about; None is any.
+        floating: Whether it is about codes that are floats.
     """
 
     rule: str
@@ -101,6 +105,7 @@ class Refusal:
     reason: str
     source: str
     activations: Activations | None = None
+    floating: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Substitute:
         activations: The requested treatment of the data input.
         instead_bits: The width to try.
         instead_activations: The treatment of the data input to try.
+        floating: Whether codes that are floats were requested; integers are tried.
     """
 
     ops: tuple[OpType, ...]
@@ -120,6 +126,7 @@ class Substitute:
     activations: Activations
     instead_bits: int
     instead_activations: Activations
+    floating: bool = False
 
 
 @dataclass(frozen=True, slots=True)

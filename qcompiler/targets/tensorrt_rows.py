@@ -73,6 +73,24 @@ _INT8_PRODUCT: Final = Row(
     bodies=False,
 )
 
+_FP8_CONV: Final = replace(
+    _INT8_CONV,
+    rule="fp8-conv",
+    kernel="a convolution of fp8 by fp8",
+    source="measured: the engine's convolution has E4M3 operands in 1, 2 and 3 dimensions, with "
+    "groups and depthwise, its scales per tensor or per output channel",
+    floating=True,
+)
+
+_FP8_PRODUCT: Final = replace(
+    _INT8_PRODUCT,
+    rule="fp8-product",
+    kernel="a product of fp8 by fp8",
+    source="measured: the engine's product has E4M3 operands where scales are per tensor or per "
+    "output channel; with one scale per input channel, and with float data, it multiplies floats",
+    floating=True,
+)
+
 _W8_PRODUCT: Final = Row(
     rule="w8-product",
     ops=_PRODUCTS,
@@ -207,6 +225,8 @@ _W4_RECURRENT: Final = replace(
 RTX_ROWS: Final = (
     _INT8_CONV,
     _INT8_PRODUCT,
+    _FP8_CONV,
+    _FP8_PRODUCT,
     _W8_PRODUCT,
     _W8_CONV,
     _W8_TABLE,
@@ -223,6 +243,8 @@ _NO_BLOCKS: Final = (WeightUse.PLAIN, WeightUse.TRANSPOSED)
 TENSORRT_ROWS: Final = (
     replace(_INT8_CONV, source=_READ),
     replace(_INT8_PRODUCT, source=_READ),
+    replace(_FP8_CONV, source=_READ),
+    replace(_FP8_PRODUCT, source=_READ),
     replace(_W8_PRODUCT, uses=_NO_BLOCKS, block_sizes=(), source=_READ),
     replace(_W8_CONV, source=_READ),
     replace(
@@ -273,6 +295,8 @@ PROPER_REFUSALS: Final[tuple[Refusal, ...]] = (
 )
 
 SUBSTITUTES: Final[tuple[Substitute, ...]] = (
+    # Where ops have no product of fp8 by fp8, and in bodies.
+    Substitute(_ALL, (8,), Activations.STATIC, 8, Activations.FLOAT, floating=True),
     Substitute(_ALL, (8,), Activations.STATIC, 8, Activations.FLOAT),
     Substitute(_ALL, (8,), Activations.DYNAMIC, 8, Activations.FLOAT),
 )
