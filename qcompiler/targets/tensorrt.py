@@ -40,7 +40,7 @@ TENSORRT_RTX: Final = Target(
     refusals=REFUSALS,
     substitutes=SUBSTITUTES,
     placement=PLACEMENT,
-    lowering=(),
+    lowering=("widen-scales",),
     intake=(
         "decompose-quantized-ops",
         "remove-dynamic-quantization",
@@ -66,6 +66,8 @@ TENSORRT_11: Final = replace(
     opset_max=24,
     rows=TENSORRT_ROWS,
     refusals=PROPER_REFUSALS,
+    # What widening avoids is a warning of TensorRT-RTX.
+    lowering=(),
     missing_ops=MISSING_OPS,
     processors=processors_named("SM80", "SM86", "SM89", "SM90", "SM100", "SM120"),
     known_processors=processors_named(
