@@ -50,15 +50,7 @@ class WidenScales(Pass):
             value: graph for graph in all_graphs(model) for value in graph.initializers.values()
         }
         for node in list(all_nodes(model)):
-            data, weight = _decoder(node, 0), _decoder(node, 1)
-            if (
-                not is_op(node, "Conv")
-                or data is None
-                or weight is None
-                or not _per_channel(weight)
-            ):
-                continue
-            narrow = [each for each in (data, weight) if each.outputs[0].dtype in _NARROW]
+            narrow = [each for each in _decoders(node) if each.outputs[0].dtype in _NARROW]
             for each in narrow:
                 _widen(each, homes, taken)
             if narrow:
@@ -66,6 +58,14 @@ class WidenScales(Pass):
         if rewrites:
             record_stored_bytes(model, None)
         return PassResult(tuple(rewrites))
+
+
+def _decoders(node: ir.Node) -> tuple[ir.Node, ...]:
+    """Return what makes data and weight of a convolution, () where there is nothing to widen."""
+    data, weight = _decoder(node, 0), _decoder(node, 1)
+    if not is_op(node, "Conv") or data is None or weight is None or not _per_channel(weight):
+        return ()
+    return data, weight
 
 
 def _decoder(node: ir.Node, index: int) -> ir.Node | None:

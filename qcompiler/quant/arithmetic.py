@@ -6,10 +6,10 @@
 Codes of 8-bit floats are the nearest number of their type, half to the even mantissa.
 
 The quotient is rounded to the type of values and scale, as ONNX says (QuantizeLinear-23, default
-`precision`) and ONNX Runtime does for float16 too; where the two types differ it stays float32. The
-product is rounded once, to the type of the scale. Quotients that become floats of 8 bits stay float32
-(measured in ONNX Runtime, also of float16 values). What ONNX leaves open is defined here: NaN and
-infinite values, and scales that are not positive and finite, are refused.
+`precision`) and ONNX Runtime does for float16 too; where the two types differ it stays float32, and
+where codes are floats of 8 bits (measured in ONNX Runtime). The product is rounded once, to the
+type of the scale. What ONNX leaves open is defined here: NaN and infinite values, and scales that
+are not positive and finite, are refused.
 """
 
 from typing import Any

@@ -128,7 +128,7 @@ class QScheme:
         )
 
     def activation_type(self, *, signed: bool) -> QType:
-        """Return the type of calibrated activations where a target wants integers to be `signed`."""
+        """Return the type of calibrated activations; that of integers a target wants `signed`."""
         return FP8 if self.floating else qtype_of(self.activation_bits, signed=signed)
 
 
