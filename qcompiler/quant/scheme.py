@@ -176,6 +176,13 @@ def parse_scheme(text: str) -> QScheme | None:
     if text in set(ComputeType):
         message = f"{text} is a type for the whole model, not a scheme of one op"
         raise UsageError(message, hint=f'write "{FLOAT}", and compute_type = "{text}" beside it')
+    if match is None and "fp4" in text:
+        message = f"{text!r}: no scheme makes weights of 4-bit floats"
+        hint = (
+            "give w4a16:b32 (int4) or fp8; a graph in which another tool made NVFP4 weights goes "
+            "through with --scheme float --target tensorrt-rtx:sm120"
+        )
+        raise UsageError(message, hint=hint, reason="no-fp4-scheme")
     if match is None:
         message = f"{text!r} is not a scheme"
         raise UsageError(

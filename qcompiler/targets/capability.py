@@ -16,6 +16,7 @@ from qcompiler.targets.rows import (
     Refusal,
     Row,
     Substitute,
+    WeightForm,
     WeightUse,
 )
 
@@ -131,6 +132,7 @@ class Target:
         intake: Names of the passes that give what other tools quantized a form that the runtime
             takes, in order; they run before the others, while all floats are float32.
         added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
+        weight_forms: What it takes of other tools' weights, and no scheme makes.
         missing_ops: What it does not have, whoever made it.
         processors: What an engine must run on; empty where that does not matter.
         known_processors: What else can be named instead.
@@ -155,6 +157,7 @@ class Target:
     lowered_ops: tuple[LoweredOp, ...]
     added_biases: tuple[AddedBias, ...] = ()
     intake: tuple[str, ...] = ()
+    weight_forms: tuple[WeightForm, ...] = ()
     missing_ops: tuple[MissingOp, ...] = ()
     processors: tuple[Processor, ...] = ()
     known_processors: tuple[Processor, ...] = ()

@@ -86,6 +86,34 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightForm:
+    """One form of weights that no scheme makes, and graphs of other tools may hold.
+
+    Codes stand behind a DequantizeLinear in blocks. Their scales are codes, too, behind a
+    DequantizeLinear of their own with one float scale for all of them.
+
+    Attributes:
+        rule: Short kebab-case name.
+        ops: The op types that read the weight.
+        code_type: ONNX name of the type of its codes; which processor has it says their table.
+        scale_type: ONNX name of the type of the codes of its scales.
+        block_sizes: Legal block sizes, ascending, along one of the last two axes.
+        float_types: ONNX names of the float types computed in.
+        kernel: What the runtime runs.
+        source: Where the row comes from.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    code_type: str
+    scale_type: str
+    block_sizes: tuple[int, ...]
+    float_types: tuple[str, ...]
+    kernel: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """One thing a runtime runs badly or not at all.
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from qcompiler.quant.scheme import Activations
-from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
+from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightForm, WeightUse
 
 _PRODUCTS: Final[tuple[OpType, ...]] = (("", "MatMul"), ("", "Gemm"))
 _CONV: Final[tuple[OpType, ...]] = (("", "Conv"),)
@@ -237,6 +237,25 @@ RTX_ROWS: Final = (
     _W4_TABLE,
     _W4_RECURRENT,
 )
+
+_NVFP4: Final = WeightForm(
+    rule="nvfp4-product",
+    ops=(*_PRODUCTS, *_TABLES),
+    code_type="FLOAT4E2M1",
+    scale_type="FLOAT8E4M3FN",
+    block_sizes=(16, 32, 64),
+    float_types=_FLOATS,
+    kernel=_STORED,
+    source="measured: 0.73 MB for 1024 x 1024 in blocks of 16, of which 0.59 are codes and scales, "
+    "for SM120 and SM121; operands are floats. E4M3 scales without the second scale, and blocks "
+    "along the channels of a convolution, the parser refuses; a processor without the type, the "
+    "builder",
+)
+"""NVFP4, as other tools write it. Codes in blocks with float scales build as well."""
+
+RTX_FORMS: Final = (_NVFP4,)
+
+TENSORRT_FORMS: Final = (replace(_NVFP4, ops=_PRODUCTS, block_sizes=(16,), source=_READ),)
 
 _NO_BLOCKS: Final = (WeightUse.PLAIN, WeightUse.TRANSPOSED)
 
