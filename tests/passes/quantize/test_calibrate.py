@@ -217,3 +217,31 @@ def test_a_second_run_writes_the_same_and_keeps_numerics(tmp_path: Path) -> None
     run_pass(calibrate(observer=None), model, tmp_path)
     assert serialized(model) == once
     assert_parity(marked(), model, tolerance=0)
+
+
+def floats() -> ir.Model:
+    model = marked()
+    (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+    value.metadata_props["qcompiler.quantizer"] = "fp8:sym"
+    return model
+
+
+def test_floats_of_8_bits_have_no_outlier_channels_and_no_second_term(tmp_path: Path) -> None:
+    calls = [call.copy() for call in CALLS]
+    for call in calls:
+        call[:, 3] *= 1000
+    model = floats()
+    run_pass(calibrate(samples(calls)), model, tmp_path)
+    (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+    assert not {"qcompiler.outlier_channels", "qcompiler.terms"} & value.metadata_props.keys()
+    # Integers would lose all channels but that one; floats keep what their mantissa holds.
+    assert float(value.metadata_props["qcompiler.activation_sqnr_db"]) > 28
+
+
+def test_the_observer_that_counts_equal_steps_is_none_for_floats(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="entropy counts codes of equal width, which fp8 has not"):
+        run_pass(calibrate(observer=Observer.ENTROPY), floats(), tmp_path)
+    model = floats()
+    run_pass(calibrate(observer=None), model, tmp_path)
+    assert model.metadata_props["qcompiler.observer"] != "entropy"
+    assert range_of(model) is not None
