@@ -100,8 +100,10 @@ def test_the_report_has_figures_of_floats(tmp_path: Path) -> None:
         # 3 bits of mantissa: 31.6 dB for values spread evenly over an octave.
         assert node.sqnr_db is not None
         assert 30 < node.sqnr_db < 36
-        assert node.output_sqnr_db is not None
-        assert 20 < node.output_sqnr_db < 36
+    outputs = [node.output_sqnr_db for node in nodes.values() if node.output_sqnr_db is not None]
+    assert outputs
+    # Sums and means are nearer than what they add up.
+    assert all(20 < found < 45 for found in outputs)
 
 
 @requires_rtx
