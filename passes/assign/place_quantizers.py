@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError
 from qcompiler.ir.dataflow import node_label
 from qcompiler.ir.provenance import (
     PLACEMENT,
@@ -51,7 +51,7 @@ class PlaceQuantizers(Pass):
     The graph does not change. Run again, it forgets what it marked before.
 
     Raises (from `run`):
-        UsageError: One value is to be integers for one op, and floats of 8 bits for another.
+        TargetError: One value is to be integers for one op, and floats of 8 bits for another.
     """
 
     name: ClassVar[str] = "place-quantizers"
@@ -124,11 +124,11 @@ def _require_one_kind(value: ir.Value, schemes: Mapping[ir.Node, QScheme]) -> No
     """Refuse readers of which some want integers, and others floats.
 
     Raises:
-        UsageError: There are both.
+        TargetError: There are both.
     """
     floats = next((node for node, scheme in schemes.items() if scheme.floating), None)
     integers = next((node for node, scheme in schemes.items() if not scheme.floating), None)
     if floats is not None and integers is not None:
         message = f"{value.name} would be fp8 codes for it, and integers for {node_label(integers)}"
         hint = "give both the same scheme, or leave one of them in float"
-        raise UsageError(message, where=node_label(floats), hint=hint)
+        raise TargetError(message, where=node_label(floats), hint=hint)

@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from qcompiler.errors import UsageError
+from qcompiler.errors import TargetError
 from qcompiler.ir.provenance import annotate
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
 from qcompiler.targets.tensorrt import TENSORRT_RTX
@@ -98,5 +98,5 @@ def test_codes_are_floats_where_the_convolution_multiplies_floats(tmp_path: Path
 def test_a_value_cannot_be_floats_and_integers(tmp_path: Path) -> None:
     made = model(f"{C1} {conv('c', 'x', 'w3')} [add] m = Add(a, c) {TAIL}")
     annotate(node_named(made, "a_op"), scheme="fp8")
-    with pytest.raises(UsageError, match=r"a_op .Conv.: x would be fp8 .* integers for c_op"):
+    with pytest.raises(TargetError, match=r"a_op .Conv.: x would be fp8 .* integers for c_op"):
         run_pass(PlaceQuantizers(PlaceOptions(TENSORRT_RTX.placement)), made, tmp_path)
