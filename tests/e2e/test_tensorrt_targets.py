@@ -238,22 +238,37 @@ def test_a_processor_that_lacks_float32_products_is_refused(tmp_path: Path) -> N
         ),
     ],
 )
-def test_real_models_run_all_their_products_on_integers(
-    name: str, shapes: dict[str, list[list[int]]], tmp_path: Path, rtx: RtxBuilder
+@pytest.mark.parametrize(
+    ("scheme", "processors", "kind"),
+    [
+        ("w8a8", ("SM80", "SM86", "SM89", "SM120"), "int8"),
+        ("fp8", ("SM89", "SM120"), "fp8_e4m3"),
+    ],
+)
+def test_real_models_run_all_their_products_on_codes(
+    name: str,
+    shapes: dict[str, list[list[int]]],
+    scheme: str,
+    processors: tuple[str, ...],
+    kind: str,
+    tmp_path: Path,
+    rtx: RtxBuilder,
 ) -> None:
     calibration = CalibrationOptions("random", observer=Observer.MIN_MAX, outlier_channels=0)
     options = CompileOptions(
-        target="tensorrt-rtx", calibration=calibration, correct_bias=False, equalization=None
+        target=f"tensorrt-rtx:{','.join(processors).lower()}",
+        scheme=scheme,
+        calibration=calibration,
+        correct_bias=False,
+        equalization=None,
     )
     result = compile_model(real_model(name), options, output=tmp_path / "compiled.onnx")
-    built = rtx.build(result.path, ("SM80", "SM86", "SM89", "SM120"), shapes)
+    built = rtx.build(result.path, processors, shapes)
     assert built.stage == "done", built.log
     assert not [text for text in built.log if "Int64 binding" not in text]
-    planned = {node.name for node in result.report.nodes if node.scheme == "w8a8:sym"}
-    multiplied = {
-        node for product in built.products if product.multiplies_integers for node in product.nodes
-    }
-    assert planned == multiplied
+    planned = {node.name for node in result.report.nodes if node.scheme in ("w8a8:sym", "fp8")}
+    on_codes = [one for one in built.products if set(one.operands) - {""} == {kind}]
+    assert planned == {node for product in on_codes for node in product.nodes}
 
 
 @requires_rtx
