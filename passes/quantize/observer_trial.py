@@ -82,8 +82,12 @@ def _feeds(operands: Mapping[str, _Operands], ranges: Ranges) -> Feeds:
     feeds: Feeds = {}
     for name, (scale, zero_point, quantizer) in operands.items():
         type_name, _, symmetry = quantizer.partition(":")
-        grid = grid_of(*ranges[name], qtype_named(type_name), symmetric=symmetry == "sym")
-        feeds[scale.name or ""] = np.array(grid.scale, np.float32)
+        assert scale.dtype is not None
+        kind = scale.dtype.numpy()
+        grid = grid_of(
+            *ranges[name], qtype_named(type_name), symmetric=symmetry == "sym", scale_dtype=kind
+        )
+        feeds[scale.name or ""] = np.array(grid.scale, kind)
         if zero_point is None:
             continue
         assert zero_point.dtype is not None

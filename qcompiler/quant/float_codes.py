@@ -43,8 +43,8 @@ def round_e4m3(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
         values: float32 or float64; beyond the range they would become NaN.
         out: Of their shape, float32 or float64; may be `values`.
     """
-    # By way of float32 a float64 would be rounded twice, which moves only values within one part
-    # in 2**24 of a middle.
+    # A float64 is rounded to float32 on the way, which moves only values within one part in 2**24
+    # of a middle.
     np.copyto(out, values.astype(_E4M3))
 
 

@@ -245,3 +245,16 @@ def test_the_observer_that_counts_equal_steps_is_none_for_floats(tmp_path: Path)
     run_pass(calibrate(observer=None), model, tmp_path)
     assert model.metadata_props["qcompiler.observer"] != "entropy"
     assert range_of(model) is not None
+
+
+def test_observers_are_tried_on_a_model_of_16_bits_too(tmp_path: Path) -> None:
+    text = "g (float16[N, 64] x) => (float16[N, 8] y) { [r] h = Relu(x) [mm] y = MatMul(h, w) }"
+    model = build(text, {"w": random_array(64, 8).astype(np.float16)})
+    (value,) = node_named(model, "r").outputs
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT16), ir.Shape(["N", 64])
+    value.metadata_props["qcompiler.quantizer"] = "int8:sym"
+    node_named(model, "mm").metadata_props["qcompiler.quantized_inputs"] = "[0]"
+    node_named(model, "mm").metadata_props["qcompiler.placement"] = "matmul"
+    calls = [call.astype(np.float16) for call in CALLS]
+    run_pass(calibrate(samples(calls), observer=None), model, tmp_path)
+    assert range_of(model) is not None
