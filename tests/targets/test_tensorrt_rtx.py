@@ -147,7 +147,8 @@ def test_a_row_builds_with_its_weights_as_codes(case: Case, rtx: RtxBuilder) -> 
     assert not [text for text in made.log if RESCALED not in text and "ids" not in text]
     codes = prod(initializer(model, "w").shape) * case.bits // 8
     # A recurrent op reads it twice, for its input and for its state.
-    copies = 2 if case.use is WeightUse.SHARED_TABLE or "recurrent" in case.row.rule else 1
+    recurrent = case.op in ("LSTM", "RNN", "GRU")
+    copies = 2 if case.use is WeightUse.SHARED_TABLE or recurrent else 1
     assert len(made.engine) - codes * copies < KERNELS + codes // 2
     if case.row.activations is Activations.STATIC:
         kind = "fp8_e4m3" if case.row.floating else "int8"
@@ -356,7 +357,9 @@ def found(target: Target, op: str, text: str, **changes: Any) -> tuple[str, str]
         (RTX, "MatMul", "w4a16:b128", {"reduction": 100}, "w4a16:sym", "one scale per output"),
         (RTX, "MatMul", "w4a16:b128", {"left": True}, "float", "left weight"),
         (RTX, "Conv", "w4a16:b128", {}, "w4a16:sym", "one scale per output channel"),
-        (RTX, "GRU", "w8a16", {}, "w8a16:b1024:sym", "one scale per output channel has no kernel"),
+        (RTX, "GRU", "w8a16", {}, "w8a16:b512:sym", "one scale per output channel has no kernel"),
+        (RTX, "GRU", "w4a16:b128", {}, "w4a16:b128:sym", ""),
+        (RTX, "GRU", "w8a16", {"float_type": "BFLOAT16"}, "float", "BFLOAT16 GRU"),
         (RTX, "Gather", "w4a16:b32", {}, "w4a16:b32:sym", "lookup"),
         (PROPER, "Conv", "w4a16:b128", {}, "float", "use w8a16 or w8a8"),
         (PROPER, "LSTM", "w8a16", {}, "float", "exclude it, or use tensorrt-rtx"),
