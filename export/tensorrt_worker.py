@@ -4,7 +4,12 @@ It imports the standard library and TensorRT alone, so that it runs in any envir
 TensorRT, and a crash of the library ends this process and no other. The request is a JSON file,
 the first argument; events go to standard output, one JSON object a line. What the library itself
 prints goes to standard error.
+
+Types are those of TensorRT proper, and checked where its stubs are at hand (`tests/export`).
+What TensorRT-RTX has beyond it is `_set_capabilities`.
 """
+
+from __future__ import annotations
 
 import importlib
 import json
@@ -13,13 +18,30 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import tensorrt
 
 Emit = Callable[[dict[str, Any]], None]
 
 _SEVERITIES = ("internal error", "error", "warning", "info", "verbose")
 _KEPT = 3
 """Severities below this number are handed on: info and verbose are not."""
+
+
+class Library(Protocol):
+    """What this process takes from a module of TensorRT."""
+
+    __name__: str
+    Builder: type[tensorrt.Builder]
+    BuilderFlag: type[tensorrt.BuilderFlag]
+    HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
+    ILogger: type[tensorrt.ILogger]
+    IProgressMonitor: type[tensorrt.IProgressMonitor]
+    MemoryPoolType: type[tensorrt.MemoryPoolType]
+    NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[tensorrt.OnnxParser]
 
 
 class BuildFailedError(Exception):
@@ -31,12 +53,12 @@ def main() -> int:
     emit = _own_output()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
-        library = importlib.import_module(request["library"])
+        library: Any = importlib.import_module(request["library"])
     except (ImportError, OSError) as error:
         emit({"event": "error", "stage": "import", "text": str(error)})
         return 1
     try:
-        _build(library, request, emit)
+        _build(library, library.__version__, request, emit)
     except BuildFailedError:
         return 1
     return 0
@@ -54,7 +76,7 @@ def _own_output() -> Emit:
     return emit
 
 
-def _build(library: Any, request: dict[str, Any], emit: Emit) -> None:
+def _build(library: Library, version: str, request: dict[str, Any], emit: Emit) -> None:
     started = time.perf_counter()
     builder = library.Builder(_logger(library, emit))
     network = builder.create_network(_network_flags(library))
@@ -73,37 +95,45 @@ def _build(library: Any, request: dict[str, Any], emit: Emit) -> None:
             "bytes": plan.nbytes,
             "seconds": time.perf_counter() - started,
             "layers": network.num_layers,
-            "version": library.__version__,
+            "version": version,
         }
     )
 
 
-def _network_flags(library: Any) -> int:
+def _network_flags(library: Library) -> int:
     """Return the flag of strong typing; a library without it types strongly anyway."""
     flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(library: Any, network: Any, request: dict[str, Any], logger: Any, emit: Emit) -> None:
+def _parse(
+    library: Library,
+    network: tensorrt.INetworkDefinition,
+    request: dict[str, Any],
+    logger: tensorrt.ILogger,
+    emit: Emit,
+) -> None:
     parser = library.OnnxParser(network, logger)
     # By path, since external data lies beside the model.
     if parser.parse_from_file(request["model"]):
         return
     for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        emit(
-            {
-                "event": "error",
-                "stage": "parse",
-                "node": error.node_name(),
-                "op": error.node_operator(),
-                "text": error.desc(),
-            }
-        )
+        _tell(parser.get_error(index), emit)
     raise BuildFailedError
 
 
-def _config(library: Any, builder: Any, network: Any, request: dict[str, Any], emit: Emit) -> Any:
+def _tell(error: tensorrt.ParserError, emit: Emit) -> None:
+    node, op = error.node_name(), error.node_operator()
+    emit({"event": "error", "stage": "parse", "node": node, "op": op, "text": error.desc()})
+
+
+def _config(
+    library: Library,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    request: dict[str, Any],
+    emit: Emit,
+) -> tensorrt.IBuilderConfig:
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(library, emit)
     for name in request["flags"]:
@@ -147,14 +177,14 @@ def _member(kind: Any, name: str, emit: Emit) -> Any:
     return members[name]
 
 
-def _set_timing_cache(config: Any, request: dict[str, Any]) -> None:
+def _set_timing_cache(config: tensorrt.IBuilderConfig, request: dict[str, Any]) -> None:
     path = request["timing_cache"]
     if path is not None:
         data = Path(path).read_bytes() if Path(path).exists() else b""
         config.set_timing_cache(config.create_timing_cache(data), ignore_mismatch=False)
 
 
-def _keep_timing_cache(config: Any, request: dict[str, Any]) -> None:
+def _keep_timing_cache(config: tensorrt.IBuilderConfig, request: dict[str, Any]) -> None:
     if request["timing_cache"] is None:
         return
     cache = config.get_timing_cache()
@@ -166,60 +196,70 @@ def _keep_timing_cache(config: Any, request: dict[str, Any]) -> None:
 
 
 def _add_profile(
-    builder: Any, config: Any, network: Any, request: dict[str, Any], emit: Emit
+    builder: tensorrt.Builder,
+    config: tensorrt.IBuilderConfig,
+    network: tensorrt.INetworkDefinition,
+    request: dict[str, Any],
+    emit: Emit,
 ) -> None:
     """Say between which shapes dynamic inputs vary, and which values decide shapes."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     profile = builder.create_optimization_profile()
     wanted = False
     for value in inputs:
+        # Sequences of integers, by way of conversions that stubs do not know.
+        shape: Any = value.shape
         if value.is_shape_tensor:
-            found, kind, place = (
-                request["values"].get(value.name),
-                "values",
-                profile.set_shape_input,
-            )
-        elif -1 in tuple(value.shape):
-            found, kind, place = request["profile"].get(value.name), "shape", profile.set_shape
+            place = profile.set_shape_input
+            found, kind = request["values"].get(value.name), "values"
+        elif -1 in tuple(shape):
+            place = profile.set_shape
+            found, kind = request["profile"].get(value.name), "shape"
         else:
             continue
         wanted = True
         if not found:
-            text = f"input {value.name} has shape {tuple(value.shape)}, and no profile says "
+            text = f"input {value.name} has shape {tuple(shape)}, and no profile says "
             text += f"which {kind} it takes"
             emit({"event": "error", "stage": "profile", "text": text})
             raise BuildFailedError
         try:
-            place(value.name, *[tuple(numbers) for numbers in found])
+            three: list[Any] = [tuple(numbers) for numbers in found]
+            place(value.name, *three)
         except (RuntimeError, ValueError, TypeError) as error:
-            text = f"input {value.name} of shape {tuple(value.shape)}: {error}"
+            text = f"input {value.name} of shape {tuple(shape)}: {error}"
             emit({"event": "error", "stage": "profile", "text": text})
             raise BuildFailedError from error
     if wanted:
         config.add_optimization_profile(profile)
 
 
-def _logger(library: Any, emit: Emit) -> Any:
-    class Logger(library.ILogger):  # type: ignore[misc]
+def _logger(library: Library, emit: Emit) -> tensorrt.ILogger:
+    base: Any = library.ILogger
+
+    class Logger(base):  # type: ignore[misc]
         """Hands warnings and errors on."""
 
         def __init__(self) -> None:
-            library.ILogger.__init__(self)
+            base.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
             level = int(severity)
             if level < _KEPT:
                 emit({"event": "log", "severity": _SEVERITIES[level], "text": text})
 
-    return Logger()
+    made: tensorrt.ILogger = Logger()
+    return made
 
 
-def _monitor(library: Any, emit: Emit) -> Any:
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+def _monitor(library: Library, emit: Emit) -> tensorrt.IProgressMonitor:
+    base: Any = library.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
         """Hands the steps of outermost phases on."""
 
         def __init__(self) -> None:
-            library.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self._outer: set[str] = set()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -237,7 +277,8 @@ def _monitor(library: Any, emit: Emit) -> Any:
                 self._outer.discard(phase_name)
                 emit({"event": "finish", "phase": phase_name})
 
-    return Monitor()
+    made: tensorrt.IProgressMonitor = Monitor()
+    return made
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from qcompiler.passes.lower.quantize_biases import QuantizeBiases
 from qcompiler.passes.lower.recode_weights import RecodeWeights
 from qcompiler.passes.lower.remove_dynamic_quantization import RemoveDynamicQuantization
 from qcompiler.passes.lower.verify_target import VerifyTarget, VerifyTargetOptions
+from qcompiler.passes.lower.widen_scales import WidenScales
 from qcompiler.passes.quantize.calibrate import Calibrate, CalibrateOptions
 from qcompiler.passes.quantize.correct_bias import CorrectBias, CorrectBiasOptions
 from qcompiler.passes.quantize.expand_residuals import ExpandResiduals
@@ -318,6 +319,7 @@ _LOWERING: dict[type[Pass], PassFactory] = {
     LowerDynamicQuantization: lambda plan: LowerDynamicQuantization(),
     DecodeAtLoad: lambda plan: DecodeAtLoad(),
     IsolateFloatOps: lambda plan: IsolateFloatOps(),
+    WidenScales: lambda plan: WidenScales(),
 }
 """Which of them run, and in which order, says the target."""
 

@@ -22,7 +22,6 @@ from qcompiler.options import (
     requested_recipe,
     with_islands,
 )
-from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
 from qcompiler.quant.reconstruction import BlockReconstruction
@@ -32,6 +31,7 @@ from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.rewriting.work_folder import windows_in
 from qcompiler.targets.capability import Target
+from qcompiler.targets.processors import without_type
 from qcompiler.targets.registry import find_target
 
 
@@ -142,6 +142,7 @@ def make_plan(options: CompileOptions) -> Plan:
         or options.engine_elsewhere
     )
     calibration = _calibration(options, schemes, sampled=sampled)
+    _require_integer_codes(options, recipe, schemes)
     if options.reconstruct is not Reconstruction.NONE and calibration is None:
         message = f"--reconstruct {options.reconstruct} needs samples to see what ops compute"
         raise UsageError(message, hint="give --calibration DATA")
@@ -190,13 +191,56 @@ def _require_integers(target: Target, schemes: Sequence[QScheme | None]) -> None
     """
     for scheme in schemes:
         static = scheme is not None and scheme.activations is Activations.STATIC
-        if scheme is not None and static and not target.has_integers(scheme):
+        if scheme is not None and scheme.floating:
+            _require_float8(target, scheme)
+        elif scheme is not None and static and not target.has_integers(scheme):
             message = f"{target.title} multiplies no integers as {scheme} has them"
             hint = (
                 "give w8a8 or w4a16:b128; to see what it costs in accuracy, --target emulation, "
                 "which computes in float"
             )
             raise TargetError(message, hint=hint, reason="no-such-integers")
+
+
+def _require_float8(target: Target, scheme: QScheme) -> None:
+    """Refuse floats of 8 bits where the target, or one of its processors, does not multiply them.
+
+    Raises:
+        TargetError: Every op would stay in float.
+    """
+    if not target.has_integers(scheme):
+        message = f"{target.title} has no products of {scheme.weight_type.onnx_name}"
+        hint = (
+            "give w8a8, or a target that has them: tensorrt-rtx:sm89; to see what it costs in "
+            "accuracy, --target emulation, which computes in float"
+        )
+        raise TargetError(message, hint=hint, reason="no-such-floats")
+    stored = scheme.weight_type.onnx_name
+    without = without_type(target.processors, stored)
+    if without:
+        capable = [one.name.lower() for one in target.known_processors if stored in one.code_types]
+        message = f"{', '.join(without)} has no {stored}"
+        name = target.name.partition(":")[0]
+        hint = f"name processors that have: --target {name}:{','.join(capable)}; or give w8a8"
+        raise TargetError(message, hint=hint, reason="no-such-floats")
+
+
+def _require_integer_codes(
+    options: CompileOptions, recipe: Recipe, schemes: Sequence[QScheme | None]
+) -> None:
+    """Refuse to choose codes by learning, or islands, where codes are floats.
+
+    Raises:
+        UsageError: What is asked for moves codes by whole steps.
+    """
+    floating = next((scheme for scheme in schemes if scheme is not None and scheme.floating), None)
+    if floating is None:
+        return
+    asked = "islands" if recipe.islands is not None else f"--reconstruct {options.reconstruct}"
+    if recipe.islands is not None or options.reconstruct is not Reconstruction.NONE:
+        message = f"{asked} cannot be had with {floating}: it works on codes of equal steps"
+        hint = "leave it out: weights are rounded to the nearest; or give w8a8"
+        raise UsageError(message, hint=hint, reason="integer-codes-only")
 
 
 def _gate(options: CompileOptions, recipe: Recipe) -> Gate | None:
@@ -270,5 +314,5 @@ def _opset_for(scheme: QScheme | None) -> int:
     blocked = OPSET_OF["block_size"]
     if scheme is None:
         return blocked
-    stored = qtype_of(scheme.weight_bits, signed=True).onnx_name
+    stored = scheme.weight_type.onnx_name
     return max(blocked, OPSET_OF.get(stored, blocked))

@@ -136,6 +136,12 @@ class IntegerRegions:
         ]
         return (1 - max(summed)[1],) if summed else ()
 
+    def joined(self, node: ir.Node) -> ir.Node | None:
+        """Return the op to whose sums a member that joins adds the branch it reads as codes."""
+        rule = self.members[node]
+        read = self.reads(node) if rule.part is Part.JOINS else ()
+        return self._summed_by(node.inputs[1 - read[0]], rule) if read else None
+
     def _summed_by(self, value: ir.Value | None, rule: PlacementRule) -> ir.Node | None:
         """Return the op beside a joining one that computes a value for it alone."""
         producer = value.producer() if value is not None else None

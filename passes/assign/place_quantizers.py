@@ -1,11 +1,14 @@
 """Decides which activations are quantized, and writes it on nodes and values."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from qcompiler.errors import TargetError
+from qcompiler.ir.dataflow import node_label
 from qcompiler.ir.provenance import (
     PLACEMENT,
     PLACEMENT_REASON,
@@ -17,7 +20,8 @@ from qcompiler.ir.provenance import (
     scheme_of,
 )
 from qcompiler.passes.assign.integer_regions import IntegerRegions, find_regions
-from qcompiler.quant.qtype import QType, qtype_of
+from qcompiler.quant.qtype import QType
+from qcompiler.quant.scheme import QScheme
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 from qcompiler.targets.placement import Placement
@@ -45,6 +49,9 @@ class PlaceQuantizers(Pass):
         and Scan bodies are never marked.
 
     The graph does not change. Run again, it forgets what it marked before.
+
+    Raises (from `run`):
+        TargetError: One value is to be integers for one op, and floats of 8 bits for another.
     """
 
     name: ClassVar[str] = "place-quantizers"
@@ -91,9 +98,9 @@ def _write(regions: IntegerRegions, placement: Placement) -> None:
         node.metadata_props[QUANTIZED_INPUTS] = json.dumps(list(regions.reads(node)))
     for node, reason in regions.refused.items():
         annotate(node, placement_reason=reason)
-    symmetry = "sym" if placement.symmetric else "asym"
     for quantizer in regions.quantizers():
         qtype = _qtype(quantizer.value, regions)
+        symmetry = "sym" if placement.symmetric or qtype.floating else "asym"
         quantizer.value.metadata_props[QUANTIZER] = f"{qtype}:{symmetry}"
         if quantizer.shares is not None:
             quantizer.value.metadata_props[SHARES] = quantizer.shares.name or ""
@@ -102,7 +109,26 @@ def _write(regions: IntegerRegions, placement: Placement) -> None:
 def _qtype(value: ir.Value, regions: IntegerRegions) -> QType:
     """Return the type of a value's codes: that of the reader that asks for the most bits."""
     usual = regions.placement.qtype
-    readers = [use.node for use in value.uses() if use.node in regions.members]
-    schemes = [scheme_of(node) for node in readers]
-    bits = [scheme.activation_bits for scheme in schemes if scheme is not None]
-    return qtype_of(max(bits), signed=usual.signed) if bits else usual
+    readers = {use.node: scheme_of(use.node) for use in value.uses() if use.node in regions.members}
+    schemes = {node: scheme for node, scheme in readers.items() if scheme is not None}
+    if not schemes:
+        # What is added to the sums of an op has codes of the type that it multiplies.
+        summed = (regions.joined(node) for node in readers)
+        schemes = {node: scheme for node in summed if node and (scheme := scheme_of(node))}
+    _require_one_kind(value, schemes)
+    types = [scheme.activation_type(signed=usual.signed) for scheme in schemes.values()]
+    return max(types, key=lambda qtype: qtype.bits, default=usual)
+
+
+def _require_one_kind(value: ir.Value, schemes: Mapping[ir.Node, QScheme]) -> None:
+    """Refuse readers of which some want integers, and others floats.
+
+    Raises:
+        TargetError: There are both.
+    """
+    floats = next((node for node, scheme in schemes.items() if scheme.floating), None)
+    integers = next((node for node, scheme in schemes.items() if not scheme.floating), None)
+    if floats is not None and integers is not None:
+        message = f"{value.name} would be fp8 codes for it, and integers for {node_label(integers)}"
+        hint = "give both the same scheme, or leave one of them in float"
+        raise TargetError(message, where=node_label(floats), hint=hint)

@@ -8,7 +8,7 @@ from qcompiler.ir.dataflow import all_nodes, constant_of, is_op
 from qcompiler.ir.provenance import BYTES_AFTER, CREATED_BY, WEIGHT, annotate
 
 _WEIGHT_INPUTS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
-_CARRIED_BY = ("Reshape", "Expand", "Transpose")
+_CARRIED_BY = ("Cast", "Reshape", "Expand", "Transpose")
 """Ops between a constant and its reader; further inputs of theirs are shapes."""
 
 
@@ -63,7 +63,7 @@ def _weight_values(node: ir.Node) -> Iterator[ir.Value | None]:
 
 
 def _carried(value: ir.Value | None) -> ir.Value | None:
-    """Follow a value back to what was only reshaped, repeated or turned on its way."""
+    """Follow a value back to what was only cast, reshaped, repeated or turned on its way."""
     while value is not None:
         producer = value.producer()
         if producer is None or not is_op(producer, *_CARRIED_BY):

@@ -95,7 +95,8 @@ class Calibrate(Pass):
     statistics of the same model and samples exists. No observer is best for every model: on a
     CIFAR CNN entropy left 32 dB and mse 21 dB, on MiniLM mse 24 dB and entropy 11 dB. So without
     one being asked for, each is tried on a few calls, with weights in float; that takes one run of
-    these calls for each.
+    these calls for each. Floats of 8 bits have no outlier channels and no second term: their steps
+    are fine where values are small, however large the largest.
 
     Raises (from `run`):
         UsageError: The samples or the file of statistics cannot be used.
@@ -160,7 +161,8 @@ class Calibrate(Pass):
     ) -> Observer:
         """Quantize the activations of a copy with each observer, and return the best."""
         options = self.options
-        observers = list(Observer)
+        types = {quantizer_of(value)[0] for value in values}
+        observers = [each for each in Observer if all(each.knows(qtype) for qtype in types)]
         with (
             context.progress.task("trying observers", 2) as advance,
             tempfile.TemporaryDirectory(prefix="qcompile-trial-") as folder,
@@ -213,6 +215,8 @@ class Calibrate(Pass):
         """Write on a value which of its channels stay in float."""
         if found.channel_minimum is None or found.channel_maximum is None:
             return
+        if quantizer_of(value)[0].floating:
+            return
         channels = outlier_channels(
             found.channel_minimum, found.channel_maximum, self.options.outlier_limit
         )
@@ -225,7 +229,7 @@ class Calibrate(Pass):
             return
         qtype, symmetric = quantizer_of(value)
         found = _inliers(value, statistics)
-        if found.histogram is None:
+        if found.histogram is None or qtype.floating:
             return
         low, high = min(found.minimum, 0.0), max(found.maximum, 0.0)
         step = grid_of(low, high, qtype, symmetric=symmetric).scale

@@ -304,8 +304,7 @@ def _weight(
     points = [part.zero_point for part in parts if part.zero_point is not None]
     zero_point = None
     if points or state_zeros:
-        plain = np.int8 if code_type.is_signed() else np.uint8
-        joined = _join(points, axis) if points else np.zeros(scale.shape, plain)
+        joined = _join(points, axis) if points else np.zeros(scale.shape, parts[0].codes.dtype)
         zero_point = store.put(f"{name}.zero_point", joined, code_type)
     return QuantizedWeight(
         codes,

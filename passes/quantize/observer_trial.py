@@ -10,7 +10,7 @@ from qcompiler.calibration.calls import Feeds
 from qcompiler.calibration.grid_error import grid_of
 from qcompiler.calibration.quality import Reference
 from qcompiler.ir.dataflow import is_op
-from qcompiler.ir.provenance import QUANTIZER, RANGE
+from qcompiler.ir.provenance import QUANTIZER, RANGE, quantizer_of
 from qcompiler.ir.substitution import new_node
 from qcompiler.quant.qtype import qtype_named
 from qcompiler.rewriting.base import Pass, PassContext
@@ -51,11 +51,18 @@ def try_ranges(
     return reference.nearness_each(copy, [_feeds(operands, ranges) for ranges in candidates])
 
 
+_Operands = tuple[ir.Value, ir.Value | None, str]
+"""Scale and zero point, which are graph inputs, and the text form of a quantizer."""
+
+
 def _open_operands(
     graph: ir.Graph, names: Mapping[ir.Value, str], wanted: set[str]
-) -> dict[str, tuple[ir.Value, ir.Value, str]]:
-    """Make scales and zero points graph inputs; return them with the type, by quantized value."""
-    found: dict[str, tuple[ir.Value, ir.Value, str]] = {}
+) -> dict[str, _Operands]:
+    """Make scales and zero points graph inputs; return them with the type, by quantized value.
+
+    Zero points of floats are 0 whatever the range, and stay.
+    """
+    found: dict[str, _Operands] = {}
     for node in list(graph):
         if not is_op(node, "QuantizeLinear") or node.inputs[0] is None:
             continue
@@ -65,18 +72,25 @@ def _open_operands(
         scale, zero_point = node.inputs[1], node.inputs[2]
         if name not in wanted or scale is None or zero_point is None:
             continue
-        opened = _opened(graph, scale), _opened(graph, zero_point)
-        found[name] = (*opened, value.metadata_props[QUANTIZER])
+        fixed = quantizer_of(value)[0].floating
+        moving = None if fixed else _opened(graph, zero_point)
+        found[name] = (_opened(graph, scale), moving, value.metadata_props[QUANTIZER])
     return found
 
 
-def _feeds(operands: Mapping[str, tuple[ir.Value, ir.Value, str]], ranges: Ranges) -> Feeds:
+def _feeds(operands: Mapping[str, _Operands], ranges: Ranges) -> Feeds:
     feeds: Feeds = {}
     for name, (scale, zero_point, quantizer) in operands.items():
         type_name, _, symmetry = quantizer.partition(":")
-        grid = grid_of(*ranges[name], qtype_named(type_name), symmetric=symmetry == "sym")
+        assert scale.dtype is not None
+        kind = scale.dtype.numpy()
+        grid = grid_of(
+            *ranges[name], qtype_named(type_name), symmetric=symmetry == "sym", scale_dtype=kind
+        )
+        feeds[scale.name or ""] = np.array(grid.scale, kind)
+        if zero_point is None:
+            continue
         assert zero_point.dtype is not None
-        feeds[scale.name or ""] = np.array(grid.scale, np.float32)
         feeds[zero_point.name or ""] = np.array(grid.zero_point, zero_point.dtype.numpy())
     return feeds
 

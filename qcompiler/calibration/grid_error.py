@@ -3,7 +3,8 @@
 Inside a bin that is an interval values count as uniform. In steps of the grid, with r(t) the code
 that t is rounded and saturated to (less the zero point), the squared error (t - r(t))² then has the
 integral r(t)/12 + (t - r(t))³/3, within the grid and beyond it alike, so one bin costs two
-evaluations whatever its width.
+evaluations whatever its width. On the floats of 8 bits r(t)/12 becomes the sum over the distances
+between neighbouring numbers (`quant/float_codes.py`).
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from qcompiler.calibration.histogram import F64, Histogram
 from qcompiler.quant.arithmetic import round_scale
+from qcompiler.quant.float_codes import FIRST_STEP, round_e4m3, squared_error_integral
 from qcompiler.quant.qtype import QType
 
 _POINT: Final = 2.0**-12
@@ -122,23 +124,31 @@ class RoundingError:
     def _some(self, scale: F64, zero: F64) -> F64:
         down, up = self._qtype.qmin - zero, self._qtype.qmax - zero
         # Zero is on every grid, so values within half a step of it become zero on all of these.
-        half = float(scale.min()) / 2
+        half = float(scale.min()) / 2 * (FIRST_STEP if self._qtype.floating else 1.0)
         first = int(np.searchsorted(self._edges[0], -half))
         last = max(first, int(np.searchsorted(self._edges[1], half, side="right")))
         lost = float(np.add.reduce(self._squares[first:last]))
         kept = np.r_[0:first, last : len(self._density)]
         total = self._of_points(scale, down, up) + lost
-        integral = _integral(self._edges[1, kept] / scale, down, up)
-        integral -= _integral(self._edges[0, kept] / scale, down, up)
+        integral = self._integral(self._edges[1, kept] / scale, down, up)
+        integral -= self._integral(self._edges[0, kept] / scale, down, up)
         integral *= self._density[kept]
         inside: F64 = np.add.reduce(integral, axis=1) * scale[:, 0] ** 3
         return total + inside
 
     def _of_points(self, scale: F64, down: F64, up: F64) -> F64:
         steps = self._points / scale
-        error = steps - np.clip(np.rint(steps), down, up)
+        if self._qtype.floating:
+            codes = np.clip(steps, down, up)
+            round_e4m3(codes, codes)
+        else:
+            codes = np.clip(np.rint(steps), down, up)
+        error = steps - codes
         result: F64 = np.add.reduce(self._point_counts * error**2, axis=1) * scale[:, 0] ** 2
         return result
+
+    def _integral(self, steps: F64, down: F64, up: F64) -> npt.NDArray[Any]:
+        return squared_error_integral(steps) if self._qtype.floating else _integral(steps, down, up)
 
 
 def _integral(steps: F64, down: F64, up: F64) -> npt.NDArray[Any]:

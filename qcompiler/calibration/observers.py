@@ -31,12 +31,16 @@ class Observer(StrEnum):
     ENTROPY = "entropy"
     """The range whose codes keep most of the distribution of the magnitudes, as TensorRT's
     entropy calibration and ONNX Runtime's measure it. An asymmetric range is the symmetric one,
-    cut where the values end."""
+    cut where the values end. It counts codes of equal width, and so has none for floats."""
 
     @property
     def needs_histogram(self) -> bool:
         """Whether smallest and largest value do not suffice."""
         return self is not Observer.MIN_MAX
+
+    def knows(self, qtype: QType) -> bool:
+        """Whether it can choose ranges for codes of a type."""
+        return self is not Observer.ENTROPY or not qtype.floating
 
 
 DEFAULT_PERCENTILE: Final = 99.99
@@ -65,7 +69,7 @@ def choose_range(
     Args:
         statistics: What the tensor held.
         observer: How to choose.
-        qtype: Integer type of the codes.
+        qtype: Type of the codes.
         symmetric: Whether the zero point is to be the middle of the codes.
         percentile: For that observer: percent of the values to keep, above 0, at most 100.
 
@@ -74,8 +78,14 @@ def choose_range(
         value is negative and the range asymmetric, and (0, 0) means that all values are zero.
 
     Raises:
-        UsageError: The observer needs a histogram and there is none, or the percentile is not one.
+        UsageError: The observer needs a histogram and there is none, has no meaning for the type,
+            or the percentile is not one.
     """
+    if not observer.knows(qtype):
+        message = f"the observer {observer} counts codes of equal width, which {qtype} has not"
+        raise UsageError(
+            message, hint="give --observer mse, percentile or min-max, or none of them"
+        )
     low, high = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
     if symmetric:
         high = max(high, -low)

@@ -20,7 +20,9 @@ from qcompiler.ir.provenance import QUANTIZED_INPUTS, scheme_of
 from qcompiler.ir.quantizable import Site, planned_spec
 from qcompiler.ir.weights import read_all
 from qcompiler.quant.arithmetic import dequantize
+from qcompiler.quant.float_codes import round_e4m3
 from qcompiler.quant.granularity import PerTensor
+from qcompiler.quant.qtype import FP8
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
 from qcompiler.quant.scheme import Activations
 
@@ -76,11 +78,13 @@ class QuantizedProduct:
         scheme = scheme_of(site.node)
         self._activations = Activations.FLOAT if scheme is None else scheme.activations
         self._steps = 255 if scheme is None else (1 << scheme.activation_bits) - 1
+        self._floating = scheme is not None and scheme.floating
         if self._activations is Activations.STATIC:
             placed = QUANTIZED_INPUTS in site.node.metadata_props
             self._activations = Activations.STATIC if placed else Activations.FLOAT
-        self._outliers = outlier_limit if self._may_split() else 0
-        self._two_terms_below = two_terms_below if self._may_split() else 0.0
+        split = self._may_split() and not self._floating
+        self._outliers = outlier_limit if split else 0
+        self._two_terms_below = two_terms_below if split else 0.0
         weight = constant_now(site.node, site.weight_input, site.weight).const_value
         assert weight is not None
         whole = np.asarray(read_all(weight), np.float32)
@@ -104,9 +108,10 @@ class QuantizedProduct:
         return low, high
 
     @property
-    def treatment(self) -> tuple[int, Activations, int, int]:
+    def treatment(self) -> tuple[int, Activations, int, int, bool]:
         """What decides the data that is multiplied: ops that agree in it share `data`."""
-        return id(self._examples), self._activations, self._outliers, self._steps
+        shared = id(self._examples)
+        return shared, self._activations, self._outliers, self._steps, self._floating
 
     def data(self, scales: F64) -> F32:
         """Return the examples divided by `scales`, rounded where the data is going to be."""
@@ -166,6 +171,8 @@ class QuantizedProduct:
         inner = ~kept if self._outliers else np.ones(rows.shape[-1], np.bool_)
         whole = float(low[~kept].min()), float(high[~kept].max())
         some = rows[:, ::_ROW_STEP, inner]
+        if self._floating:
+            return _on_floats(rows, max(whole[1], -whole[0]))
         step = (max(whole[1], 0.0) - min(whole[0], 0.0)) / steps
         if median_magnitude(some) < self._two_terms_below * step:
             return _in_two_terms(rows, float(low.min()), float(high.max()), steps)
@@ -198,6 +205,16 @@ def _on_grid(rows: F32, low: float, high: float, steps: int) -> F32:
         return rows
     first = np.rint(low / step)
     return np.asarray(np.clip(np.rint(rows / step), first, first + steps) * step, np.float32)
+
+
+def _on_floats(rows: F32, largest: float) -> F32:
+    """Round to the E4M3 numbers of which the largest stands for `largest`."""
+    scale = np.float32(largest / FP8.qmax)
+    if scale <= 0.0:
+        return rows
+    codes = np.clip(rows / scale, FP8.qmin, FP8.qmax)
+    round_e4m3(codes, codes)
+    return np.asarray(codes * scale, np.float32)
 
 
 def _in_two_terms(rows: F32, low: float, high: float, steps: int) -> F32:

@@ -3,10 +3,13 @@
     code  = saturate(round_half_even(value / scale) + zero_point)
     value = (code - zero_point) * scale
 
+Codes of 8-bit floats are the nearest number of their type, half to the even mantissa.
+
 The quotient is rounded to the type of values and scale, as ONNX says (QuantizeLinear-23, default
-`precision`) and ONNX Runtime does for float16 too; where the two types differ it stays float32. The
-product is rounded once, to the type of the scale. What ONNX leaves open is defined here: NaN and
-infinite values, and scales that are not positive and finite, are refused.
+`precision`) and ONNX Runtime does for float16 too; where the two types differ it stays float32, and
+where codes are floats of 8 bits (measured in ONNX Runtime). The product is rounded once, to the
+type of the scale. What ONNX leaves open is defined here: NaN and infinite values, and scales that
+are not positive and finite, are refused.
 """
 
 from typing import Any
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from qcompiler.quant.granularity import Granularity
 from qcompiler.quant.grouping import Array, boxes, scale_sections, value_sections
 from qcompiler.quant.packing import IntArray
+from qcompiler.quant.qtype import QType
 from qcompiler.quant.scheme import QSpec
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
@@ -47,7 +51,7 @@ def quantize(values: Array, scale: Array, zero_point: IntArray | None, spec: QSp
         spec: Integer type and granularity. Its `symmetric` is not consulted.
 
     Returns:
-        int8 (signed types) or uint8 array of the shape of `values`, one code per element, within
+        Array of `code_dtype(spec.qtype)` and the shape of `values`, one code per element, within
         `spec.qtype.qmin..qmax`.
 
     Raises:
@@ -58,8 +62,9 @@ def quantize(values: Array, scale: Array, zero_point: IntArray | None, spec: QSp
     check_scale(scale)
     qtype = spec.qtype
     # float32 holds enough bits that rounding its quotient gives the narrow type's own quotient.
-    narrow = values.dtype if values.dtype == scale.dtype else np.dtype(np.float32)
-    codes = np.empty(values.shape, np.int8 if qtype.signed else np.uint8)
+    same = values.dtype == scale.dtype and not qtype.floating
+    narrow = values.dtype if same else np.dtype(np.float32)
+    codes = np.empty(values.shape, code_dtype(qtype))
     for value, code, one_scale, zero in _sections(values, codes, scale, zero_point, spec):
         for box in boxes(value.shape, _TILE):
             tile = np.array(value[box], np.float32)
@@ -69,7 +74,8 @@ def quantize(values: Array, scale: Array, zero_point: IntArray | None, spec: QSp
             with np.errstate(over="ignore"):
                 np.divide(tile, _part(one_scale, box).astype(np.float32), out=tile)
                 tile[...] = tile.astype(narrow, copy=False)
-            np.rint(tile, out=tile)
+            if not qtype.floating:  # storing them rounds floats
+                np.rint(tile, out=tile)
             if zero is not None:
                 tile += _part(zero, box).astype(np.float32)
             np.clip(tile, qtype.qmin, qtype.qmax, out=tile)
@@ -83,7 +89,7 @@ def dequantize(
     """Return the values that codes stand for.
 
     Args:
-        codes: int8 or uint8 of any shape, one code per element.
+        codes: int8, uint8 or float8_e4m3fn of any shape, one code per element.
         scale: float32, float16 or bfloat16, shape `scale_shape(codes.shape, granularity)`.
         zero_point: Shape of `scale`, integer; None is 0.
         granularity: How many elements share a scale.
@@ -114,6 +120,13 @@ def dequantize(
                 tile *= _part(scale_parts[index], box).astype(np.float32)
                 value[box] = tile.astype(scale.dtype)
     return values
+
+
+def code_dtype(qtype: QType) -> np.dtype[Any]:
+    """Return the NumPy type that holds one code of a type per element."""
+    integer = np.int8 if qtype.signed else np.uint8
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn if qtype.floating else integer)
+    return dtype
 
 
 def round_scale(scale: Array, dtype: npt.DTypeLike) -> Array:

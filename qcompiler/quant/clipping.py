@@ -15,6 +15,9 @@ that weighted errors and gains are in units of scale³.
 Zero points stay those of the whole range: an exhaustive search over them too gains 0.03 to 0.18 dB
 (2 to 4 bits, blocks of 32 to 128, Gaussian to Student-t and skewed groups) and costs
 many times the time.
+
+Floats of 8 bits have no best scale for given codes in this sense that would pay: their candidates
+are compared by measured error, as those of 8-bit integers are.
 """
 
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.quant.arithmetic import round_scale
+from qcompiler.quant.float_codes import round_e4m3
 from qcompiler.quant.grouping import Array
 from qcompiler.quant.packing import IntArray
 from qcompiler.quant.scheme import QSpec
@@ -125,6 +129,7 @@ class GridSearch:
         ratios = _RATIOS if spec.symmetric else _ASYMMETRIC_RATIOS
         self._ratios = (_WEIGHTED_RATIOS if self._weighted else ratios)[self._bits]
         self._qmin, self._qmax = spec.qtype.qmin, spec.qtype.qmax
+        self._floating = spec.qtype.floating
         self.middle = (self._qmin + self._qmax + 1) // 2
 
     def quantize_strip(self, strip: Strip, codes: IntArray) -> StripResult:
@@ -227,7 +232,7 @@ class GridSearch:
         bounds = self._bounds(strip, grid)
         for tile in strip.tiles():
             np.multiply(tile.values, inverse, out=tile.quotient)
-            _round(tile, bounds)
+            self._round(tile, bounds)
             weighted = tile.rounded
             if floor is not None:
                 weighted = tile.importance
@@ -265,7 +270,7 @@ class GridSearch:
         bounds = self._bounds(strip, grid)
         for tile in strip.tiles():
             np.divide(tile.values, scale, out=tile.quotient)
-            _round(tile, bounds)
+            self._round(tile, bounds)
             if codes is not None:
                 self._store(tile, zero, codes)
             np.subtract(tile.quotient, tile.rounded, out=tile.rounded)
@@ -297,18 +302,21 @@ class GridSearch:
             strip.per_group(2, self._qmax - grid.zero),
         )
 
-
-def _round(tile: Tile, bounds: _Bounds) -> None:
-    """Round and saturate the quotient to whole steps from zero."""
-    rounded = tile.rounded
-    np.rint(tile.quotient, out=rounded)
-    low, high = bounds
-    if isinstance(low, int):
-        np.clip(rounded, low, high, out=rounded)
-        return
-    # np.clip has no vectorized loop for bounds that are arrays.
-    np.maximum(rounded, low, out=rounded)
-    np.minimum(rounded, high, out=rounded)
+    def _round(self, tile: Tile, bounds: _Bounds) -> None:
+        """Round and saturate the quotient to codes less the zero point."""
+        rounded = tile.rounded
+        low, high = bounds
+        if self._floating:
+            np.clip(tile.quotient, low, high, out=rounded)
+            round_e4m3(rounded, rounded)
+            return
+        np.rint(tile.quotient, out=rounded)
+        if isinstance(low, int):
+            np.clip(rounded, low, high, out=rounded)
+            return
+        # np.clip has no vectorized loop for bounds that are arrays.
+        np.maximum(rounded, low, out=rounded)
+        np.minimum(rounded, high, out=rounded)
 
 
 def _extremes(strip: Strip) -> tuple[F64, F64]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.integer[Any]]
-"""Codes: int8 or uint8, one per element."""
+"""Codes: int8 or uint8, one per element. Of floats of 8 bits, which NumPy has no class for, too."""
 
 # Bytes of codes handled at once: the words in flight then stay in the L2 cache, and the
 # temporaries do not grow with the tensor. A multiple of every word size.

@@ -6,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.quant.arithmetic import check_float_dtype, dequantize, quantize
+from qcompiler.quant.arithmetic import check_float_dtype, code_dtype, dequantize, quantize
 from qcompiler.quant.clipping import GridSearch
 from qcompiler.quant.granularity import PerBlock, PerTensor, scale_shape
 from qcompiler.quant.grouping import Array, scale_sections, value_sections
@@ -34,7 +34,7 @@ class QuantizedTensor:
     """A tensor as codes.
 
     Attributes:
-        codes: int8 or uint8, shape of the values, one code per element.
+        codes: int8, uint8 or float8_e4m3fn, shape of the values, one code per element.
         scale: Shape `scale_shape(values.shape, granularity)`, of the dtype asked for.
         zero_point: Shape of `scale`, dtype of `codes`; None for symmetric signed types. Symmetric
             unsigned types have it mid-range, since ONNX reads an absent one as 0.
@@ -91,9 +91,10 @@ def quantize_tensor(
         return _quantize_pairs(values, spec, spec.pairs, scale_dtype, least_scale)
     qtype = spec.qtype
     shape = scale_shape(values.shape, spec.granularity)
-    codes = np.empty(values.shape, np.int8 if qtype.signed else np.uint8)
+    codes = np.empty(values.shape, code_dtype(qtype))
     scale = np.empty(shape, scale_dtype)
-    zero_point = np.empty(shape, codes.dtype)
+    # Floats of 8 bits have none.
+    zero_point = np.empty(shape, np.int8 if qtype.signed else np.uint8)
     absent = spec.symmetric and qtype.signed
     search = GridSearch(
         spec,

@@ -7,7 +7,7 @@ from enum import StrEnum
 from qcompiler.errors import UsageError
 from qcompiler.quant.compute_type import ComputeType
 from qcompiler.quant.granularity import Granularity
-from qcompiler.quant.qtype import QType, qtype_of
+from qcompiler.quant.qtype import FP8, QType, qtype_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class QSpec:
     """How one tensor is quantized.
 
     Attributes:
-        qtype: The integer type of the codes.
+        qtype: The type of the codes.
         granularity: How many elements share a scale.
         symmetric: Whether the zero point is fixed at 0 (signed) or mid-range (unsigned).
         pairs: What neighbouring codes must keep to, None where kernels do not saturate.
@@ -62,7 +62,7 @@ class QScheme:
     """The quantization of one op, before it is bound to the op's axes.
 
     Its text form is what recipes, options and node metadata hold:
-    `w<bits>a<bits>[-dynamic][:b<block size>|:tensor][:sym|:asym]`.
+    `w<bits>a<bits>[-dynamic][:b<block size>|:tensor][:sym|:asym]`, or `fp8[:tensor]`.
 
     | text             | weights                         | activations             |
     |------------------|---------------------------------|-------------------------|
@@ -75,6 +75,7 @@ class QScheme:
     | `w4a4`           | 4 bit, per output channel       | 4 bit, calibrated       |
     | `w8a8:tensor`    | 8 bit, one scale for all        | 8 bit, calibrated       |
     | `w8a8-dynamic`   | 8 bit, per output channel       | 8 bit, scaled per run   |
+    | `fp8`            | E4M3, per output channel        | E4M3, calibrated        |
 
     Attributes:
         weight_bits: 8, 4, 3 or 2.
@@ -83,6 +84,7 @@ class QScheme:
         symmetric: Whether weights have no zero point; None leaves the choice to the target.
         per_tensor: Whether one scale serves the whole weight; of 8 bits, without blocks.
         activation_bits: Of calibrated activations: 8 or 4; otherwise it is not consulted.
+        floating: Whether the 8-bit codes of weights and calibrated activations are floats (E4M3).
     """
 
     weight_bits: int
@@ -91,8 +93,11 @@ class QScheme:
     symmetric: bool | None = None
     per_tensor: bool = False
     activation_bits: int = 8
+    floating: bool = False
 
     def __str__(self) -> str:
+        if self.floating:
+            return f"{_FLOAT8}:tensor" if self.per_tensor else _FLOAT8
         static = self.activations is Activations.STATIC
         kept = str(self.activation_bits) if static else _TEXT_OF[self.activations]
         text = f"w{self.weight_bits}a{kept}"
@@ -113,10 +118,21 @@ class QScheme:
         if self.symmetric is None:
             message = f"the symmetry of {self} is undecided"
             raise ValueError(message)
-        qtype = qtype_of(self.weight_bits, signed=self.symmetric)
-        return QSpec(qtype, granularity, self.symmetric, pairs)
+        return QSpec(self.weight_type, granularity, self.symmetric, pairs)
+
+    @property
+    def weight_type(self) -> QType:
+        """Type of the weights' codes; where the symmetry is undecided, the signed one."""
+        return (
+            FP8 if self.floating else qtype_of(self.weight_bits, signed=self.symmetric is not False)
+        )
+
+    def activation_type(self, *, signed: bool) -> QType:
+        """Return the type of calibrated activations; that of integers a target wants `signed`."""
+        return FP8 if self.floating else qtype_of(self.activation_bits, signed=signed)
 
 
+_FLOAT8 = "fp8"
 _TEXT_OF = {Activations.FLOAT: "16", Activations.DYNAMIC: "8-dynamic"}
 _ACTIVATIONS = {text: activations for activations, text in _TEXT_OF.items()}
 
@@ -135,6 +151,8 @@ SCHEME_FORMS = (
     "w4a16:b128",
     "w3a16:b128",
     "w2a16:b64",
+    "fp8",
+    "fp8:tensor",
 )
 """Examples of every family, for messages and `--list schemes`; block sizes are free."""
 
@@ -152,10 +170,19 @@ def parse_scheme(text: str) -> QScheme | None:
     """
     if text == FLOAT:
         return None
+    if text in (_FLOAT8, f"{_FLOAT8}:tensor"):
+        return QScheme(8, Activations.STATIC, None, True, text.endswith(":tensor"), floating=True)
     match = _PATTERN.fullmatch(text)
     if text in set(ComputeType):
         message = f"{text} is a type for the whole model, not a scheme of one op"
         raise UsageError(message, hint=f'write "{FLOAT}", and compute_type = "{text}" beside it')
+    if match is None and "fp4" in text:
+        message = f"{text!r}: no scheme makes weights of 4-bit floats"
+        hint = (
+            "give w4a16:b32 (int4) or fp8; a graph in which another tool made NVFP4 weights goes "
+            "through with --scheme float --target tensorrt-rtx:sm120"
+        )
+        raise UsageError(message, hint=hint, reason="no-fp4-scheme")
     if match is None:
         message = f"{text!r} is not a scheme"
         raise UsageError(

@@ -128,7 +128,7 @@ class Tile:
             target[part] = source[part]
 
     def store(self, section: IntArray) -> None:
-        """Write `rounded`, whole numbers in the range of the section's dtype, to its place."""
+        """Write `rounded`, numbers of the section's dtype, to its place."""
         source, target = self.rounded.reshape(self._shape), section[self._box]
         for part in self._copies:
             steps = source[part]

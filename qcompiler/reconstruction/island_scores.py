@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qcompiler.calibration.task_calls import Task, TaskKind
 from qcompiler.ir.weights import read_all
 from qcompiler.progress import Progress
-from qcompiler.quant.arithmetic import dequantize
+from qcompiler.quant.arithmetic import code_dtype, dequantize
 from qcompiler.quant.islands import Saliency, importance, saliency_scores
 from qcompiler.reconstruction.gradients import GradientRun, Leaf, sum_gradients
 from qcompiler.reconstruction.kept_gradients import KeptGradients
@@ -157,7 +157,7 @@ def float_weight(weight: CodedWeight) -> Floats:
 
 def coded_values(weight: CodedWeight) -> Floats:
     """Return what the codes of a weight stand for, float32."""
-    kind = np.int8 if weight.spec.qtype.signed else np.uint8
+    kind = code_dtype(weight.spec.qtype)
     zero = None if weight.zero_point is None else _read(weight.zero_point).astype(kind)
     codes, scale = _read(weight.codes).astype(kind), _read(weight.scale)
     return dequantize(codes, scale, zero, weight.spec.granularity).astype(np.float32)

@@ -1,12 +1,16 @@
 """What a report says about the types that a graph computes in, read off the graph."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import onnx_ir as ir
 
 from qcompiler.execution.narrow_floats import has_bfloat16
 from qcompiler.ir.dataflow import all_nodes, is_op
 from qcompiler.ir.provenance import COMPUTE_TYPE, CREATED_BY, TYPE_REASON
+
+_CASTING: Final = ("cast-types", "widen-scales")
+"""Passes that add Casts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +19,8 @@ class TypeCounts:
 
     Attributes:
         compute_type: The 16-bit type that the model was cast to, None where it was not.
-        narrow: Ops that read or make values of that type; without the Casts that were added.
+        narrow: Ops that read or make values of that type; without the Casts that were added, also
+            those of a scale's type, which become a part of the kernel behind them.
         wide: Ops that stay in float32.
         casts: Casts that were added.
     """
@@ -31,8 +36,8 @@ def type_counts(model: ir.Model) -> TypeCounts:
     compute = model.metadata_props.get(COMPUTE_TYPE)
     if compute is None:
         return TypeCounts()
-    nodes = [node for node in all_nodes(model) if not _is_added_cast(node)]
-    casts = sum(1 for node in all_nodes(model) if _is_added_cast(node))
+    nodes = [node for node in all_nodes(model) if not _is_added_cast(node, *_CASTING)]
+    casts = sum(1 for node in all_nodes(model) if _is_added_cast(node, "cast-types"))
     wide = sum(1 for node in nodes if TYPE_REASON in node.metadata_props)
     narrow = sum(1 for node in nodes if compute_type_of(node, compute) == compute)
     return TypeCounts(compute, narrow, wide, casts)
@@ -75,5 +80,5 @@ def compute_type_of(node: ir.Node, compute: str | None) -> str | None:
     return compute if any(v is not None and v.dtype == narrow for v in values) else None
 
 
-def _is_added_cast(node: ir.Node) -> bool:
-    return is_op(node, "Cast") and node.metadata_props.get(CREATED_BY) == "cast-types"
+def _is_added_cast(node: ir.Node, *makers: str) -> bool:
+    return is_op(node, "Cast") and node.metadata_props.get(CREATED_BY) in makers

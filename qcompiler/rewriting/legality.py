@@ -21,12 +21,19 @@ from qcompiler.ir.provenance import CREATED_BY, REASON, SCHEME, scheme_of
 from qcompiler.ir.quantizable import find_sites
 from qcompiler.ir.weights import read_all
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor, scale_shape
-from qcompiler.quant.qtype import QType, qtype_of
+from qcompiler.quant.qtype import QType
 from qcompiler.quant.scheme import FLOAT, parse_scheme
 from qcompiler.rewriting.stages import Stage
 
 OPSET_OF: Final = MappingProxyType(
-    {"block_size": 21, "INT4": 21, "UINT4": 21, "INT2": 25, "UINT2": 25}
+    {
+        "FLOAT8E4M3FN": 19,
+        "block_size": 21,
+        "INT4": 21,
+        "UINT4": 21,
+        "INT2": 25,
+        "UINT2": 25,
+    }
 )
 """First opset of QuantizeLinear and DequantizeLinear with an attribute or an element type."""
 
@@ -203,7 +210,7 @@ def _planned_type(node: ir.Node) -> QType | None:
             readers += [use.node for use in reader.outputs[0].uses()]
         scheme = scheme_of(reader)
         if scheme is not None and scheme.symmetric is not None:
-            return qtype_of(scheme.weight_bits, signed=scheme.symmetric)
+            return scheme.weight_type
     return None
 
 

@@ -6,7 +6,6 @@ request to `resolve`, which finds the first row that fits and says why, or why n
 
 from dataclasses import dataclass, replace
 
-from qcompiler.quant.qtype import qtype_of
 from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.targets.placement import Placement
 from qcompiler.targets.processors import Processor, without_type
@@ -17,6 +16,7 @@ from qcompiler.targets.rows import (
     Refusal,
     Row,
     Substitute,
+    WeightForm,
     WeightUse,
 )
 
@@ -132,6 +132,7 @@ class Target:
         intake: Names of the passes that give what other tools quantized a form that the runtime
             takes, in order; they run before the others, while all floats are float32.
         added_biases: Where the Add of a constant behind a MatMul becomes a part of its kernel.
+        weight_forms: What it takes of other tools' weights, and no scheme makes.
         missing_ops: What it does not have, whoever made it.
         processors: What an engine must run on; empty where that does not matter.
         known_processors: What else can be named instead.
@@ -156,6 +157,7 @@ class Target:
     lowered_ops: tuple[LoweredOp, ...]
     added_biases: tuple[AddedBias, ...] = ()
     intake: tuple[str, ...] = ()
+    weight_forms: tuple[WeightForm, ...] = ()
     missing_ops: tuple[MissingOp, ...] = ()
     processors: tuple[Processor, ...] = ()
     known_processors: tuple[Processor, ...] = ()
@@ -200,10 +202,11 @@ def resolve(target: Target, request: SchemeRequest) -> Resolution:
 def _unfit_processor(target: Target, row: Row, request: SchemeRequest) -> str:
     """Return which processor cannot run a row, "" if all can."""
     # Rows are symmetric wherever processors matter: codes are signed.
-    stored = qtype_of(request.scheme.weight_bits, signed=True).onnx_name
+    stored = replace(request.scheme, symmetric=True).weight_type.onnx_name
     without = without_type(target.processors, stored)
     if without:
-        return f"{', '.join(without)} has no {stored}: use w8a16, or name other processors"
+        instead = "w8a8" if request.scheme.floating else "w8a16"
+        return f"{', '.join(without)} has no {stored}: use {instead}, or name other processors"
     for one in target.processors:
         if request.float_type in row.float_types and request.float_type not in one.compute_types:
             return (
@@ -243,6 +246,7 @@ def _instead(target: Target, request: SchemeRequest, complaint: str) -> Resoluti
                 request.scheme,
                 weight_bits=substitute.instead_bits,
                 activations=substitute.instead_activations,
+                floating=False,
             )
             found = resolve(target, replace(request, scheme=scheme))
             why = why or f"{target.title} has no {request.scheme} kernel for {request.op_type}"
@@ -256,6 +260,7 @@ def _instead(target: Target, request: SchemeRequest, complaint: str) -> Resoluti
 def _applies(substitute: Substitute, request: SchemeRequest) -> bool:
     return (
         request.op in substitute.ops
+        and request.scheme.floating == substitute.floating
         and request.scheme.weight_bits in substitute.weight_bits
         and request.scheme.activations is substitute.activations
     )
@@ -265,6 +270,7 @@ def _refusal_for(target: Target, request: SchemeRequest) -> Refusal | None:
     for refusal in target.refusals:
         if (
             request.op in refusal.ops
+            and request.scheme.floating == refusal.floating
             and request.scheme.weight_bits in refusal.weight_bits
             and refusal.activations in (None, request.scheme.activations)
         ):

@@ -30,12 +30,17 @@ _NOTE: Final = "computed in float, for studies: nothing gets faster"
 
 
 def _row(
-    rule: str, ops: tuple[OpType, ...], activations: Activations, blocks: tuple[int, ...]
+    rule: str,
+    ops: tuple[OpType, ...],
+    activations: Activations,
+    blocks: tuple[int, ...],
+    *,
+    floating: bool = False,
 ) -> Row:
     return Row(
         rule=rule,
         ops=ops,
-        weight_bits=_BITS,
+        weight_bits=(8,) if floating else _BITS,
         activations=activations,
         uses=tuple(WeightUse),
         ranks=(2, 3, 4, 5),
@@ -49,6 +54,7 @@ def _row(
         source=_SOURCE,
         note=_NOTE,
         activation_bits=(8, 4),
+        floating=floating,
         bodies=activations is Activations.FLOAT,
     )
 
@@ -76,6 +82,7 @@ EMULATION: Final = Target(
     rows=(
         _row("emulated-product", _PRODUCTS, Activations.STATIC, _BLOCKS),
         _row("emulated-conv", _CONV, Activations.STATIC, ()),
+        _row("emulated-fp8", (*_PRODUCTS, *_CONV), Activations.STATIC, (), floating=True),
         _row("emulated-weight", (*_PRODUCTS, *_TABLES), Activations.FLOAT, _BLOCKS),
         _row("emulated-conv-weight", (*_CONV, *_OTHERS), Activations.FLOAT, ()),
     ),
@@ -91,6 +98,7 @@ EMULATION: Final = Target(
     ),
     substitutes=(
         *(Substitute(_ALL, (bits,), Activations.STATIC, bits, Activations.FLOAT) for bits in _BITS),
+        Substitute(_ALL, (8,), Activations.STATIC, 8, Activations.FLOAT, floating=True),
         Substitute(_ALL, (8,), Activations.DYNAMIC, 8, Activations.FLOAT),
     ),
     placement=Placement(

@@ -49,6 +49,7 @@ class Row:
         weight_bound: Whether the row pays off only where reading weights takes longer than
             multiplying by them; it is asked where the processor is known.
         activation_bits: Legal widths of calibrated activations.
+        floating: Whether codes are floats (E4M3), those of weights and of activations.
     """
 
     rule: str
@@ -71,15 +72,45 @@ class Row:
     per_tensor: bool = False
     weight_bound: bool = False
     activation_bits: tuple[int, ...] = (8,)
+    floating: bool = False
 
     def multiplies(self, scheme: QScheme) -> bool:
         """Whether it is about weights and activations of such bits."""
         static = scheme.activations is Activations.STATIC
         return (
-            scheme.weight_bits in self.weight_bits
+            scheme.floating == self.floating
+            and scheme.weight_bits in self.weight_bits
             and scheme.activations is self.activations
             and (not static or scheme.activation_bits in self.activation_bits)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """One form of weights that no scheme makes, and graphs of other tools may hold.
+
+    Codes stand behind a DequantizeLinear in blocks. Their scales are codes, too, behind a
+    DequantizeLinear of their own with one float scale for all of them.
+
+    Attributes:
+        rule: Short kebab-case name.
+        ops: The op types that read the weight.
+        code_type: ONNX name of the type of its codes; which processor has it says their table.
+        scale_type: ONNX name of the type of the codes of its scales.
+        block_sizes: Legal block sizes, ascending, along one of the last two axes.
+        float_types: ONNX names of the float types computed in.
+        kernel: What the runtime runs.
+        source: Where the row comes from.
+    """
+
+    rule: str
+    ops: tuple[OpType, ...]
+    code_type: str
+    scale_type: str
+    block_sizes: tuple[int, ...]
+    float_types: tuple[str, ...]
+    kernel: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +124,7 @@ class Refusal:
         reason: Why the op stays in float, one sentence without a full stop.
         source: Where the row comes from.
         activations: The treatment of the data input that it is about; None is any.
+        floating: Whether it is about codes that are floats.
     """
 
     rule: str
@@ -101,6 +133,7 @@ class Refusal:
     reason: str
     source: str
     activations: Activations | None = None
+    floating: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +146,7 @@ class Substitute:
         activations: The requested treatment of the data input.
         instead_bits: The width to try.
         instead_activations: The treatment of the data input to try.
+        floating: Whether codes that are floats were requested; integers are tried.
     """
 
     ops: tuple[OpType, ...]
@@ -120,6 +154,7 @@ class Substitute:
     activations: Activations
     instead_bits: int
     instead_activations: Activations
+    floating: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ from qcompiler.targets.tensorrt_graph import (
 from qcompiler.targets.tensorrt_rows import (
     PROPER_REFUSALS,
     REFUSALS,
+    RTX_FORMS,
     RTX_ROWS,
     SUBSTITUTES,
+    TENSORRT_FORMS,
     TENSORRT_ROWS,
 )
 
@@ -40,7 +42,7 @@ TENSORRT_RTX: Final = Target(
     refusals=REFUSALS,
     substitutes=SUBSTITUTES,
     placement=PLACEMENT,
-    lowering=(),
+    lowering=("widen-scales",),
     intake=(
         "decompose-quantized-ops",
         "remove-dynamic-quantization",
@@ -52,6 +54,7 @@ TENSORRT_RTX: Final = Target(
         AddedBias(Activations.FLOAT, any_shape=True, source=_FUSED),
         AddedBias(Activations.STATIC, any_shape=True, source=_FUSED),
     ),
+    weight_forms=RTX_FORMS,
     missing_ops=RTX_MISSING_OPS,
     processors=processors_named("SM80", "SM86", "SM89", "SM120", "SM121"),
     known_processors=processors_named("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
@@ -66,6 +69,9 @@ TENSORRT_11: Final = replace(
     opset_max=24,
     rows=TENSORRT_ROWS,
     refusals=PROPER_REFUSALS,
+    # What widening avoids is a warning of TensorRT-RTX.
+    lowering=(),
+    weight_forms=TENSORRT_FORMS,
     missing_ops=MISSING_OPS,
     processors=processors_named("SM80", "SM86", "SM89", "SM90", "SM100", "SM120"),
     known_processors=processors_named(

@@ -93,7 +93,7 @@ _RULES: Final[tuple[PlacementRule, ...]] = (
         rule="conv",
         ops=_standard("Conv"),
         part=Part.COMPUTES,
-        kernel="a convolution of int8 by int8",
+        kernel="a convolution of codes by codes",
         source="measured: BatchNormalization is folded before, and Relu, bias and the next "
         "QuantizeLinear follow in one kernel; a pair between them would stand in the way",
         output=False,
@@ -102,7 +102,7 @@ _RULES: Final[tuple[PlacementRule, ...]] = (
         rule="matmul",
         ops=_standard("MatMul", "Gemm"),
         part=Part.COMPUTES,
-        kernel="a product of int8 by int8",
+        kernel="a product of codes by codes",
         source="measured: three products that read one quantized value are merged into one",
         output=False,
     ),
@@ -110,7 +110,7 @@ _RULES: Final[tuple[PlacementRule, ...]] = (
         rule="residual",
         ops=_standard("Add"),
         part=Part.JOINS,
-        kernel="an addition of float sums and dequantized int8",
+        kernel="an addition of float sums and dequantized codes",
         source="read: TensorRT's advice for residual connections; measured: the convolution before "
         "it keeps int8 operands",
         data=None,

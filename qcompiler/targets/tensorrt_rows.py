@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from qcompiler.quant.scheme import Activations
-from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightUse
+from qcompiler.targets.rows import OpType, Refusal, Row, Substitute, WeightForm, WeightUse
 
 _PRODUCTS: Final[tuple[OpType, ...]] = (("", "MatMul"), ("", "Gemm"))
 _CONV: Final[tuple[OpType, ...]] = (("", "Conv"),)
@@ -71,6 +71,26 @@ _INT8_PRODUCT: Final = Row(
     source="measured: the engine's product has int8 operands where scales are per tensor or per "
     "output channel; with one scale per input channel it multiplies floats",
     bodies=False,
+)
+
+_FP8_CONV: Final = replace(
+    _INT8_CONV,
+    rule="fp8-conv",
+    kernel="a convolution of fp8 by fp8",
+    source="measured: the engine's convolution has E4M3 operands in 1, 2 and 3 dimensions, with "
+    "groups and depthwise, its scales per tensor or per output channel",
+    note="TensorRT-RTX builds it, and documents fp8 for matrix products only: compare with w8a8 on "
+    "the device",
+    floating=True,
+)
+
+_FP8_PRODUCT: Final = replace(
+    _INT8_PRODUCT,
+    rule="fp8-product",
+    kernel="a product of fp8 by fp8",
+    source="measured: the engine's product has E4M3 operands where scales are per tensor or per "
+    "output channel; with one scale per input channel, and with float data, it multiplies floats",
+    floating=True,
 )
 
 _W8_PRODUCT: Final = Row(
@@ -146,13 +166,14 @@ _W8_GRU: Final = Row(
     uses=(WeightUse.PLAIN,),
     ranks=(3,),
     per_channel=False,
-    block_sizes=_BLOCKS,
+    block_sizes=_BLOCKS[:-1],
     ragged=False,
     symmetric=(True,),
-    float_types=_FLOATS,
+    float_types=("FLOAT", "FLOAT16"),
     kernel=_STORED,
     source="measured: with a scale per tensor or per output channel the builder fails with an "
-    "internal error (vector::_M_range_check); in blocks it builds",
+    "internal error (vector::_M_range_check), and with blocks of 1024 of as many units a fresh "
+    "process crashes; in smaller blocks it builds. The parser takes no GRU in bfloat16",
 )
 
 _W4_PRODUCT: Final = Row(
@@ -197,16 +218,21 @@ _W4_TABLE: Final = replace(
 )
 
 _W4_RECURRENT: Final = replace(
-    _W8_GRU,
+    _W8_RECURRENT,
     rule="w4-recurrent",
-    ops=(*_RECURRENT, *_GRU),
     weight_bits=(4, 3),
+    per_channel=False,
+    per_tensor=False,
     source="measured: LSTM of 512 units in blocks of 32 1.8 MB, in float32 9.1",
 )
+
+_W4_GRU: Final = replace(_W8_GRU, rule="w4-gru", weight_bits=(4, 3))
 
 RTX_ROWS: Final = (
     _INT8_CONV,
     _INT8_PRODUCT,
+    _FP8_CONV,
+    _FP8_PRODUCT,
     _W8_PRODUCT,
     _W8_CONV,
     _W8_TABLE,
@@ -216,13 +242,39 @@ RTX_ROWS: Final = (
     _W4_CONV,
     _W4_TABLE,
     _W4_RECURRENT,
+    _W4_GRU,
 )
+
+_NVFP4: Final = WeightForm(
+    rule="nvfp4-product",
+    ops=(*_PRODUCTS, *_TABLES),
+    code_type="FLOAT4E2M1",
+    scale_type="FLOAT8E4M3FN",
+    block_sizes=(16, 32, 64),
+    float_types=_FLOATS,
+    kernel=_STORED,
+    source="measured: 0.73 MB for 1024 x 1024 in blocks of 16, of which 0.59 are codes and scales, "
+    "for SM120 and SM121; operands are floats. E4M3 scales without the second scale, and blocks "
+    "along the channels of a convolution, the parser refuses; a processor without the type, the "
+    "builder",
+)
+"""NVFP4, as other tools write it. Codes in blocks with float scales build as well."""
+
+RTX_FORMS: Final = (_NVFP4,)
+
+TENSORRT_FORMS: Final = (replace(_NVFP4, ops=_PRODUCTS, block_sizes=(16,), source=_READ),)
 
 _NO_BLOCKS: Final = (WeightUse.PLAIN, WeightUse.TRANSPOSED)
 
 TENSORRT_ROWS: Final = (
     replace(_INT8_CONV, source=_READ),
     replace(_INT8_PRODUCT, source=_READ),
+    replace(
+        _FP8_CONV,
+        note="TensorRT documents no fast fp8 kernel for groups, nor for more than 32 taps (7 x 7)",
+        source="read: limitations in the release notes of TensorRT 10.13; not run here",
+    ),
+    replace(_FP8_PRODUCT, source=_READ),
     replace(_W8_PRODUCT, uses=_NO_BLOCKS, block_sizes=(), source=_READ),
     replace(_W8_CONV, source=_READ),
     replace(
@@ -273,6 +325,8 @@ PROPER_REFUSALS: Final[tuple[Refusal, ...]] = (
 )
 
 SUBSTITUTES: Final[tuple[Substitute, ...]] = (
+    # Where ops have no product of fp8 by fp8, and in bodies.
+    Substitute(_ALL, (8,), Activations.STATIC, 8, Activations.FLOAT, floating=True),
     Substitute(_ALL, (8,), Activations.STATIC, 8, Activations.FLOAT),
     Substitute(_ALL, (8,), Activations.DYNAMIC, 8, Activations.FLOAT),
 )

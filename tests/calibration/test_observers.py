@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,7 +14,7 @@ from qcompiler.calibration.histogram import Histogram
 from qcompiler.calibration.observers import Observer, activation_sqnr_db, choose_range
 from qcompiler.calibration.statistics import TensorAccumulator, TensorStatistics
 from qcompiler.errors import UsageError
-from qcompiler.quant.qtype import INT4, INT8, UINT4, UINT8, QType
+from qcompiler.quant.qtype import FP8, INT4, INT8, UINT4, UINT8, QType
 
 Array = npt.NDArray[Any]
 
@@ -33,8 +34,10 @@ TENSORS = {
     "whole numbers": GENERATOR.integers(-200, 256, N),
     "uniform": GENERATOR.uniform(-1, 1, N),
 }
-CASES = [(INT8, True), (UINT8, False), (INT8, False), (UINT8, True), (INT4, True), (UINT4, False)]
-IDS = ["int8-sym", "uint8", "int8", "uint8-sym", "int4-sym", "uint4"]
+INTEGERS = [(INT8, True), (UINT8, False), (INT8, False), (UINT8, True), (INT4, True)]
+INTEGERS += [(UINT4, False)]
+CASES = [*INTEGERS, (FP8, True)]
+IDS = ["int8-sym", "uint8", "int8", "uint8-sym", "int4-sym", "uint4", "fp8"]
 
 
 def statistics_of(values: Any) -> TensorStatistics:
@@ -47,6 +50,10 @@ def true_error(values: Any, lo: float, hi: float, qtype: QType, symmetric: bool)
     """Return the squared error of the values themselves, computed as QuantizeLinear does."""
     grid = grid_of(lo, hi, qtype, symmetric=symmetric)
     x = np.asarray(values, np.float32).astype(np.float64)
+    if qtype.floating:
+        steps = np.clip(x / grid.scale, qtype.qmin, qtype.qmax)
+        floats = steps.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        return float(np.sum((x - floats * grid.scale) ** 2))
     codes = np.clip(np.rint(x / grid.scale) + grid.zero_point, qtype.qmin, qtype.qmax)
     return float(np.sum((x - (codes - grid.zero_point) * grid.scale) ** 2))
 
@@ -115,7 +122,7 @@ FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 @given(
     st.lists(FINITE, min_size=1, max_size=50),
     st.sampled_from(list(Observer)),
-    st.sampled_from(CASES),
+    st.sampled_from(INTEGERS),
 )
 def test_ranges_hold_zero_and_stay_within_the_values(
     values: list[float], observer: Observer, case: tuple[QType, bool]

@@ -3,16 +3,23 @@
 from typing import Any
 
 import ml_dtypes
+import numpy as np
 import pytest
 
 from qcompiler.errors import UsageError
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor, scale_shape
-from qcompiler.quant.qtype import QTYPES, QType, qtype_of
+from qcompiler.quant.qtype import FP8, QTYPES, QType, qtype_of
 from qcompiler.quant.scheme import SCHEME_FORMS, parse_scheme
 
 
 @pytest.mark.parametrize("qtype", QTYPES, ids=str)
 def test_a_type_has_as_many_codes_as_its_bits_and_fits_its_storage(qtype: QType) -> None:
+    if qtype.floating:
+        patterns = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+        numbers = patterns.astype(np.float32)
+        assert (qtype.qmin, qtype.qmax) == (np.nanmin(numbers), np.nanmax(numbers))
+        assert qtype_of(qtype.bits, signed=True) != qtype
+        return
     assert qtype.qmax - qtype.qmin + 1 == 2**qtype.bits
     assert qtype_of(qtype.bits, signed=qtype.signed) == qtype
     storage = getattr(ml_dtypes, qtype.onnx_name.lower(), None)
@@ -75,6 +82,21 @@ def test_bad_schemes_are_usage_errors_that_help(text: str) -> None:
         parse_scheme(text)
     assert repr(text) in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["nvfp4", "fp4", "w4a16:fp4"])
+def test_four_bit_floats_are_refused_with_what_exists(text: str) -> None:
+    with pytest.raises(UsageError, match=r"no scheme makes weights of 4-bit floats") as caught:
+        parse_scheme(text)
+    assert caught.value.reason == "no-fp4-scheme"
+    assert "w4a16:b32" in (caught.value.hint or "")
+
+
+def test_floats_of_8_bits_are_a_type_of_weights_and_activations() -> None:
+    scheme = parse_scheme("fp8")
+    assert scheme is not None
+    assert scheme.weight_type == scheme.activation_type(signed=False) == FP8
+    assert scheme.weight_spec(PerAxis(1)).symmetric
 
 
 def test_one_scale_for_a_weight_is_too_coarse_below_8_bits() -> None:

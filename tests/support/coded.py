@@ -66,6 +66,7 @@ def coded_weight(
     name: str = "w",
     scale_type: ir.DataType = ir.DataType.FLOAT,
     code_range: tuple[int, int] | None = None,
+    code_type: ir.DataType | None = None,
     seed: int = 0,
 ) -> CodedWeight:
     """Return random codes, scales and zero points.
@@ -79,12 +80,13 @@ def coded_weight(
         name: Name of the codes.
         scale_type: Float type of the scales.
         code_range: Smallest and largest code, None for all of the type's.
+        code_type: Another type than the integer of so many bits, for codes that it holds.
         seed: Seed of the generator.
     """
     generator = np.random.default_rng(seed)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     low, high = code_range or (low, high)
-    dtype = ir.DataType[f"{'INT' if signed else 'UINT'}{bits}"]
+    dtype = code_type or ir.DataType[f"{'INT' if signed else 'UINT'}{bits}"]
     scales = scale_shape(shape, granularity)
 
     def tensor(values: Any, element: ir.DataType, label: str) -> ir.TensorProtocol:

@@ -10,6 +10,7 @@ from qcompiler.quant.scheme import SCHEME_FORMS, Activations, QScheme, parse_sch
 from qcompiler.targets.capability import Resolution, SchemeRequest, Target, resolve
 from qcompiler.targets.emulation import EMULATION
 from qcompiler.targets.onnxruntime import ONNXRUNTIME
+from qcompiler.targets.processors import without_type
 from qcompiler.targets.registry import TARGETS
 from qcompiler.targets.rows import WeightUse
 
@@ -164,9 +165,13 @@ def test_every_documented_scheme_quantizes_a_plain_product(target: Target, text:
         refusal
         for refusal in target.refusals
         if BASE.op in refusal.ops
+        and scheme.floating == refusal.floating
         and scheme.weight_bits in refusal.weight_bits
         and refusal.activations in (None, scheme.activations)
     ]
+    if scheme.floating and without_type(target.processors, scheme.weight_type.onnx_name):
+        assert "has no FLOAT8E4M3FN: use w8a8, or name other processors" in found.reason
+        return
     if refused:
         assert ": " in found.reason, "a refusal names a way out"
         return

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.compile import compile_model
-from qcompiler.errors import TargetError
+from qcompiler.errors import TargetError, UsageError
 from qcompiler.ir.provenance import facts_of
 from qcompiler.options import (
     CalibrationOptions,
@@ -141,3 +141,51 @@ def test_nothing_is_computed_apart_and_nothing_timed(tmp_path: Path) -> None:
     assert not plan.target.runs_here
     model = _compiled("w4a4", tmp_path)
     assert sum(node.op_type == "MatMul" for node in model.graph) == 2, "no second terms"
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8:tensor"])
+def test_floats_of_8_bits(scheme: str, tmp_path: Path) -> None:
+    made = _compiled(scheme, tmp_path)
+    floats = ir.DataType.FLOAT8E4M3FN
+    codes = [node for node in made.graph if node.op_type == "QuantizeLinear"]
+    assert [node.outputs[0].dtype for node in codes] == [floats, floats]
+    for weight in ("w", "v"):
+        assert made.graph.initializers[f"{weight}.codes"].dtype == floats
+        shape = () if scheme.endswith("tensor") else initializer(made, f"{weight}.codes").shape[1:]
+        assert initializer(made, f"{weight}.scale").shape == shape
+    # 3 bits of mantissa on both sides of two products: 2**-4 / sqrt(3) each at most.
+    assert 1e-4 < _error(made) < 4 * (2.0**-4) ** 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("target", "message", "way_out"),
+    [
+        ("onnxruntime", "ONNX Runtime has no products of FLOAT8E4M3FN", "tensorrt-rtx:sm89"),
+        ("tensorrt-rtx", "SM80, SM86 has no FLOAT8E4M3FN", "tensorrt-rtx:sm89,sm120,sm121"),
+        ("tensorrt-rtx:sm75", "SM75 has no FLOAT8E4M3FN", "or give w8a8"),
+        ("tensorrt-10:sm87,sm89", "SM87 has no FLOAT8E4M3FN", "tensorrt-10:sm89,sm90"),
+        ("tensorrt", "SM80, SM86 has no FLOAT8E4M3FN", "tensorrt-11:sm89,sm90"),
+    ],
+)
+def test_what_has_no_floats_of_8_bits_says_what_has(
+    target: str, message: str, way_out: str
+) -> None:
+    with pytest.raises(TargetError, match=message) as error:
+        make_plan(CompileOptions(scheme="fp8", target=target, calibration="calls"))
+    assert error.value.reason == "no-such-floats"
+    assert way_out in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("reconstruct", [Reconstruction.GPTQ, Reconstruction.CBQ])
+def test_learning_codes_of_equal_steps_is_refused_for_floats(reconstruct: Reconstruction) -> None:
+    options = CompileOptions(
+        scheme="fp8", target="emulation", calibration="calls", reconstruct=reconstruct
+    )
+    with pytest.raises(UsageError, match="it works on codes of equal steps") as error:
+        make_plan(options)
+    assert error.value.reason == "integer-codes-only"
+
+
+def test_floats_of_8_bits_need_samples() -> None:
+    with pytest.raises(UsageError, match="fp8 needs samples"):
+        make_plan(CompileOptions(scheme="fp8", target="emulation"))

@@ -18,7 +18,7 @@ from qcompiler.quant.scheme import Activations, parse_scheme
 from qcompiler.targets.capability import SchemeRequest, Target, resolve
 from qcompiler.targets.processors import PROCESSORS, Processor
 from qcompiler.targets.registry import find_target
-from qcompiler.targets.rows import Row, WeightUse
+from qcompiler.targets.rows import Row, WeightForm, WeightUse
 from qcompiler.targets.tensorrt import TENSORRT_10, TENSORRT_11, TENSORRT_RTX
 from tests.support.coded import CodedWeight, coded_weight
 from tests.support.graphs import build, initializer
@@ -31,6 +31,8 @@ KERNELS = 700_000
 """What an engine of one op holds beside its weights at most."""
 RESCALED = "scales to fp32"
 """The only warning: convolutions want float32 scales, and the library converts the others."""
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
+FLOAT4 = ir.DataType.FLOAT4E2M1
 TEXT_TYPES = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
@@ -78,6 +80,7 @@ def weight_of(case: Case, shape: tuple[int, ...], reduction: int, output: int) -
         bits=case.bits,
         signed=True,
         scale_type=ir.DataType[case.float_type],
+        code_type=FLOAT8 if case.row.floating else None,
     )
 
 
@@ -128,7 +131,8 @@ def finish(case: Case, weight: CodedWeight, signature: str, body: str) -> ir.Mod
         data = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
         float_type = ir.DataType[case.float_type]
         weights["s"] = ir.tensor(np.array(0.05, float_type.numpy()), dtype=float_type)
-        weights["z"] = np.array(0, np.int8)
+        kind = FLOAT8.numpy() if case.row.floating else np.int8
+        weights["z"] = ir.tensor(np.zeros((), kind))
     data = "" if "d = " in body else data
     text = f"g {signature} {{ {weight.dequantize('wd')} {data} {body} }}"
     return build(text, weights, opset=21)
@@ -143,10 +147,12 @@ def test_a_row_builds_with_its_weights_as_codes(case: Case, rtx: RtxBuilder) -> 
     assert not [text for text in made.log if RESCALED not in text and "ids" not in text]
     codes = prod(initializer(model, "w").shape) * case.bits // 8
     # A recurrent op reads it twice, for its input and for its state.
-    copies = 2 if case.use is WeightUse.SHARED_TABLE or "recurrent" in case.row.rule else 1
+    recurrent = case.op in ("LSTM", "RNN", "GRU")
+    copies = 2 if case.use is WeightUse.SHARED_TABLE or recurrent else 1
     assert len(made.engine) - codes * copies < KERNELS + codes // 2
     if case.row.activations is Activations.STATIC:
-        assert [product.multiplies_integers for product in made.products] == [True]
+        kind = "fp8_e4m3" if case.row.floating else "int8"
+        assert [set(product.operands) - {""} for product in made.products] == [{kind}]
 
 
 def code_model(code: str, float_type: str) -> ir.Model:
@@ -185,6 +191,11 @@ def w(dtype: str, *shape: int) -> ir.TensorProtocol:
 PRODUCT = "g (float[4, 64] x) => (float[4, 64] y) {{ {0} }}"
 SCALES = {"s": np.full(64, 0.1, np.float32), "t": np.array(0.1, np.float32)}
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "e4m3-scales-alone": (
+        PRODUCT.format("d=DequantizeLinear<axis=0,block_size=16>(w,k) y=MatMul(x,d)"),
+        {"w": w("FLOAT8E4M3FN", 64, 64), "k": w("FLOAT8E4M3FN", 4, 64)},
+        "parse",
+    ),
     "uint8-activations": (
         PRODUCT.format("q=QuantizeLinear(x,t,z) y=DequantizeLinear(q,t,z)"),
         {"z": np.array(128, np.uint8)},
@@ -269,9 +280,49 @@ def test_what_builds_and_computes_something_else(name: str, rtx: RtxBuilder) -> 
     assert rtx.build(build(text, {**SCALES, **weights})).stage == "done"
 
 
+def nvfp4(block: int, float_type: str, op: str) -> ir.Model:
+    """A weight of E2M1 codes, its scales E4M3 codes with a float scale of their own."""
+    t, scale = TEXT_TYPES[float_type], ir.DataType[float_type]
+    generator = np.random.default_rng(0)
+    codes = generator.uniform(-6, 6, (SIZE, SIZE)).astype(FLOAT4.numpy())
+    scales = generator.uniform(0.5, 2, (SIZE // block, SIZE)).astype(FLOAT8.numpy())
+    weights = {
+        "w": ir.tensor(codes, dtype=FLOAT4),
+        "k": ir.tensor(scales, dtype=FLOAT8),
+        "g": ir.tensor(np.array(0.01, scale.numpy()), dtype=scale),
+    }
+    data = "int32[4] x" if op == "Gather" else f"{t}[4, {SIZE}] x"
+    read = "Gather(e, x)" if op == "Gather" else f"{op}(x, e)"
+    text = f"""g ({data}) => ({t}[4, {SIZE}] y) {{
+        s = DequantizeLinear(k, g) e = DequantizeLinear<axis=0, block_size={block}>(w, s)
+        y = {read} }}"""
+    return build(text, weights, opset=23)
+
+
+@requires_rtx
+@pytest.mark.parametrize("form", TENSORRT_RTX.weight_forms, ids=lambda form: form.rule)
+def test_a_form_of_other_tools_builds_where_its_type_exists(
+    form: WeightForm, rtx: RtxBuilder
+) -> None:
+    assert (form.code_type, form.scale_type) == (FLOAT4.name, FLOAT8.name)
+    corners = [(form.block_sizes[0], float_type, "MatMul") for float_type in form.float_types]
+    corners += [(block, "FLOAT16", "MatMul") for block in form.block_sizes[1:]]
+    corners += [(form.block_sizes[0], "FLOAT16", op) for _, op in form.ops]
+    for block, float_type, op in corners:
+        made = rtx.build(nvfp4(block, float_type, op), ("SM120", "SM121"))
+        assert (made.stage, made.log) == ("done", ()), (block, float_type, op)
+        stored = SIZE * SIZE // 2 + SIZE * SIZE // block
+        assert len(made.engine) - stored < KERNELS
+    for processor in TENSORRT_RTX.known_processors:
+        made = rtx.build(nvfp4(16, "FLOAT16", "MatMul"), (processor.name,))
+        assert (made.stage == "done") == (form.code_type in processor.code_types), made.log
+
+
 BASE = {"float_type": "FLOAT", "reduction": 1024, "outputs": 512, "weight_rank": 2}
 RTX, PROPER = (TENSORRT_RTX,), (TENSORRT_10, TENSORRT_11)
 EVERY = (*RTX, *PROPER)
+FLOATS = tuple(find_target(f"{target.name}:sm89,sm120") for target in EVERY)
+"""For processors that have floats of 8 bits."""
 
 
 def found(target: Target, op: str, text: str, **changes: Any) -> tuple[str, str]:
@@ -288,6 +339,12 @@ def found(target: Target, op: str, text: str, **changes: Any) -> tuple[str, str]
     [
         (EVERY, "MatMul", "w8a8", {}, "w8a8:sym", "int8 by int8"),
         (EVERY, "Conv", "w8a8:tensor", {}, "w8a8:tensor:sym", "int8 by int8"),
+        (FLOATS, "MatMul", "fp8", {}, "fp8", "fp8 by fp8"),
+        (FLOATS, "Conv", "fp8:tensor", {}, "fp8:tensor", "fp8 by fp8"),
+        (FLOATS, "MatMul", "fp8", {"float_type": "FLOAT16"}, "fp8", "fp8 by fp8"),
+        (FLOATS, "MatMul", "fp8", {"in_body": True}, "w8a16:sym", "cannot be calibrated"),
+        (FLOATS[:1], "MatMul", "fp8", {"left": True}, "w8a16:sym", "left weight"),
+        (FLOATS, "ConvTranspose", "fp8", {}, "w8a16:sym", "no fp8 kernel for ConvTranspose"),
         (EVERY, "MatMul", "w8a8:asym", {}, "w8a8:sym", "without a zero point"),
         (EVERY, "MatMul", "w8a8", {"in_body": True}, "w8a16:sym", "cannot be calibrated"),
         (EVERY, "MatMul", "w8a8", {"float_type": "FLOAT16"}, "w8a8:sym", ""),
@@ -300,7 +357,9 @@ def found(target: Target, op: str, text: str, **changes: Any) -> tuple[str, str]
         (RTX, "MatMul", "w4a16:b128", {"reduction": 100}, "w4a16:sym", "one scale per output"),
         (RTX, "MatMul", "w4a16:b128", {"left": True}, "float", "left weight"),
         (RTX, "Conv", "w4a16:b128", {}, "w4a16:sym", "one scale per output channel"),
-        (RTX, "GRU", "w8a16", {}, "w8a16:b1024:sym", "one scale per output channel has no kernel"),
+        (RTX, "GRU", "w8a16", {}, "w8a16:b512:sym", "one scale per output channel has no kernel"),
+        (RTX, "GRU", "w4a16:b128", {}, "w4a16:b128:sym", ""),
+        (RTX, "GRU", "w8a16", {"float_type": "BFLOAT16"}, "float", "BFLOAT16 GRU"),
         (RTX, "Gather", "w4a16:b32", {}, "w4a16:b32:sym", "lookup"),
         (PROPER, "Conv", "w4a16:b128", {}, "float", "use w8a16 or w8a8"),
         (PROPER, "LSTM", "w8a16", {}, "float", "exclude it, or use tensorrt-rtx"),

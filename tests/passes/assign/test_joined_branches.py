@@ -7,10 +7,12 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from qcompiler.errors import TargetError
+from qcompiler.ir.provenance import annotate
 from qcompiler.passes.assign.place_quantizers import PlaceOptions, PlaceQuantizers
 from qcompiler.targets.tensorrt import TENSORRT_RTX
 from tests.passes.assign.test_place_quantizers import conv, fact, marked, model
-from tests.support.graphs import serialized
+from tests.support.graphs import node_named, serialized
 from tests.support.rewrites import run_pass
 
 
@@ -79,3 +81,22 @@ def test_is_idempotent(tmp_path: Path) -> None:
     before = serialized(made)
     run_pass(PlaceQuantizers(PlaceOptions(TENSORRT_RTX.placement)), made, tmp_path)
     assert serialized(made) == before
+
+
+def test_codes_are_floats_where_the_convolution_multiplies_floats(tmp_path: Path) -> None:
+    body = f"[relu] r = Relu(x) {C1} [add] m = Add(a, r) {TAIL}"
+    made = model(body)
+    for name in ("a_op", "y_op"):
+        annotate(node_named(made, name), scheme="fp8")
+    run_pass(PlaceQuantizers(PlaceOptions(TENSORRT_RTX.placement)), made, tmp_path)
+    values = [*made.graph.inputs, *(value for node in made.graph for value in node.outputs)]
+    found = {v.name: v.metadata_props.get("qcompiler.quantizer") for v in values}
+    # Nothing but the Add reads r: it takes the type of the convolution before it.
+    assert {found[name] for name in ("x", "r", "m")} == {"fp8:sym"}
+
+
+def test_a_value_cannot_be_floats_and_integers(tmp_path: Path) -> None:
+    made = model(f"{C1} {conv('c', 'x', 'w3')} [add] m = Add(a, c) {TAIL}")
+    annotate(node_named(made, "a_op"), scheme="fp8")
+    with pytest.raises(TargetError, match=r"a_op .Conv.: x would be fp8 .* integers for c_op"):
+        run_pass(PlaceQuantizers(PlaceOptions(TENSORRT_RTX.placement)), made, tmp_path)

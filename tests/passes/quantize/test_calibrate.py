@@ -217,3 +217,44 @@ def test_a_second_run_writes_the_same_and_keeps_numerics(tmp_path: Path) -> None
     run_pass(calibrate(observer=None), model, tmp_path)
     assert serialized(model) == once
     assert_parity(marked(), model, tolerance=0)
+
+
+def floats() -> ir.Model:
+    model = marked()
+    (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+    value.metadata_props["qcompiler.quantizer"] = "fp8:sym"
+    return model
+
+
+def test_floats_of_8_bits_have_no_outlier_channels_and_no_second_term(tmp_path: Path) -> None:
+    calls = [call.copy() for call in CALLS]
+    for call in calls:
+        call[:, 3] *= 1000
+    model = floats()
+    run_pass(calibrate(samples(calls)), model, tmp_path)
+    (value,) = [v for node in model.graph for v in node.outputs if v.name == "h"]
+    assert not {"qcompiler.outlier_channels", "qcompiler.terms"} & value.metadata_props.keys()
+    # Integers would lose all channels but that one; floats keep what their mantissa holds.
+    assert float(value.metadata_props["qcompiler.activation_sqnr_db"]) > 28
+
+
+def test_the_observer_that_counts_equal_steps_is_none_for_floats(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="entropy counts codes of equal width, which fp8 has not"):
+        run_pass(calibrate(observer=Observer.ENTROPY), floats(), tmp_path)
+    model = floats()
+    run_pass(calibrate(observer=None), model, tmp_path)
+    assert model.metadata_props["qcompiler.observer"] != "entropy"
+    assert range_of(model) is not None
+
+
+def test_observers_are_tried_on_a_model_of_16_bits_too(tmp_path: Path) -> None:
+    text = "g (float16[N, 64] x) => (float16[N, 8] y) { [r] h = Relu(x) [mm] y = MatMul(h, w) }"
+    model = build(text, {"w": random_array(64, 8).astype(np.float16)})
+    (value,) = node_named(model, "r").outputs
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT16), ir.Shape(["N", 64])
+    value.metadata_props["qcompiler.quantizer"] = "int8:sym"
+    node_named(model, "mm").metadata_props["qcompiler.quantized_inputs"] = "[0]"
+    node_named(model, "mm").metadata_props["qcompiler.placement"] = "matmul"
+    calls = [call.astype(np.float16) for call in CALLS]
+    run_pass(calibrate(samples(calls), observer=None), model, tmp_path)
+    assert range_of(model) is not None

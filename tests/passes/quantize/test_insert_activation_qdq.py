@@ -211,3 +211,13 @@ def test_a_scale_has_the_type_of_its_values(dtype: ir.DataType, tmp_path: Path) 
     assert scale.dtype == dtype
     assert float(initializer(model, "h.scale")) == float(np.asarray(2 / 127, dtype.numpy()))
     assert node_named(model, "h.dequantized").outputs[0].dtype == dtype
+
+
+def test_floats_of_8_bits_have_a_zero_point_of_their_type(tmp_path: Path) -> None:
+    model = one("fp8:sym", "[-1.0, 2.0]")
+    run_pass(InsertActivationQdq(), model, tmp_path)
+    quantize = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    zero_point = quantize.inputs[2]
+    assert zero_point is not None
+    assert zero_point.dtype == quantize.outputs[0].dtype == ir.DataType.FLOAT8E4M3FN
+    assert initializer(model, "h.scale") == np.float32(2 / 448)
