@@ -194,9 +194,8 @@ class Reference:
             found = session.run(session.fitting(feeds) | setting)
             for name, values in outputs.items():
                 if is_float(values):
-                    energy = _energy(values.astype(np.float64))
-                    signal[name] = signal.get(name, 0.0) + energy
-                    noise[name] = noise.get(name, 0.0) + _distance(values, found[name])
+                    signal[name] = signal.get(name, 0.0) + energy(values.astype(np.float64))
+                    noise[name] = noise.get(name, 0.0) + distance(values, found[name])
         return min((sqnr_db(signal[name], noise[name]) for name in signal), default=np.inf)
 
     def _session(self, model: ir.Model) -> Session:
@@ -217,9 +216,9 @@ def _add(sessions: Sequence[Session], feeds: Feeds, energies: dict[str, _Energie
         if not is_float(values):
             continue
         entry = energies.setdefault(name, _Energies())
-        entry.signal += _energy(values.astype(np.float64))
-        entry.native += _distance(values, others[0][name])
-        entry.emulated += _distance(values, others[-1][name])
+        entry.signal += energy(values.astype(np.float64))
+        entry.native += distance(values, others[0][name])
+        entry.emulated += distance(values, others[-1][name])
 
 
 def row_divergences(
@@ -254,14 +253,16 @@ def is_float(values: npt.NDArray[Any]) -> bool:
     return values.dtype.kind == "f" or values.dtype.name == "bfloat16"
 
 
-def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    """Return the sum of squared differences, infinite where shapes differ or one is not finite."""
     if one.shape != other.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):
         difference = one.astype(np.float64) - other.astype(np.float64)
-    return _energy(np.where(one == other, 0.0, difference))
+    return energy(np.where(one == other, 0.0, difference))
 
 
-def _energy(values: npt.NDArray[np.float64]) -> float:
-    energy = float(np.square(values).sum())
-    return energy if np.isfinite(energy) else float("inf")
+def energy(values: npt.NDArray[np.float64]) -> float:
+    """Return the sum of squares, infinite where one is not finite."""
+    found = float(np.square(values).sum())
+    return found if np.isfinite(found) else float("inf")

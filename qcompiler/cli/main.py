@@ -20,6 +20,7 @@ _COMMANDS = {
     "diff": ("qcompiler.cli.diff", "Say how two compiled models differ, node by node."),
     "report": ("qcompiler.cli.report", "Write a report as a page for a browser."),
     "check": ("qcompiler.cli.check", "Hold a compiled model against bounds: a step for CI."),
+    "bench": ("qcompiler.cli.bench", "Time models and engines next to each other."),
     "export": ("qcompiler.cli.export", "Write a PyTorch module or checkpoint as ONNX."),
     "sensitivity": ("qcompiler.cli.sensitivity", "Rank ops by what quantizing them costs."),
     "islands": ("qcompiler.cli.islands", "Show which weights a task depends on."),
