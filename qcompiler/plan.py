@@ -239,7 +239,7 @@ def _require_integer_codes(
     asked = "islands" if recipe.islands is not None else f"--reconstruct {options.reconstruct}"
     if recipe.islands is not None or options.reconstruct is not Reconstruction.NONE:
         message = f"{asked} cannot be had with {floating}: it works on codes of equal steps"
-        hint = "leave it out: weights are rounded to the nearest; or give w8a8"
+        hint = "leave it out (of a search: --islands none), or give w8a8; weights go to the nearest"
         raise UsageError(message, hint=hint, reason="integer-codes-only")
 
 
