@@ -70,8 +70,8 @@ def page_file(tmp_path: Path) -> Path:
 
 def test_charts_are_drawn_without_a_word_on_the_console(browser: Any, page_file: Path) -> None:
     opened = Opened(browser, page_file)
-    assert opened.page.locator(".chart").count() == 3
-    assert opened.page.locator(".chart canvas").count() == 3
+    assert opened.page.locator(".chart").count() == 4
+    assert opened.page.locator(".chart canvas").count() == 4
     assert opened.page.locator(".heat td").count() == 12
     assert opened.said == []
     assert opened.asked == [page_file.as_uri()]
@@ -106,7 +106,7 @@ def test_dark_is_dark(browser: Any, page_file: Path) -> None:
     assert dark.background() == "rgb(13, 17, 23)"
     light.page.emulate_media(color_scheme="dark")
     assert light.background() == dark.background()
-    assert light.page.locator(".chart canvas").count() == 3
+    assert light.page.locator(".chart canvas").count() == 4
     assert light.said == dark.said == []
 
 
