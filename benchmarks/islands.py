@@ -89,7 +89,7 @@ ARMS: Final[Mapping[str, Arm]] = {
 
 
 def options_of(
-    scheme: str, arm: Arm, calls: Path, bits: float, task: Path | None
+    scheme: str, arm: Arm, calls: Path, bits: float, task: Path | None, device: str
 ) -> CompileOptions:
     """Return what an arm asks the compiler for."""
     head, _, block = scheme.partition(":b")
@@ -108,6 +108,8 @@ def options_of(
         reconstruct=Reconstruction.GPTQ,
         islands=islands,
         task=source,
+        device=device,
+        gradients=calls.with_name(f"{calls.name}-gradients") if arm.kind else None,
         inspect_kernels=False,
     )
 
@@ -185,6 +187,7 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
         for seed in range(arguments.seeds):
             calls = Path(folder) / f"calls{seed}"
             calls.mkdir()
+            calls.with_name(f"{calls.name}-gradients").mkdir()
             write_calls(calls, some_calls(workload, seed, arguments.calls))
             for scheme in [each for each in MODELS[name] if each in arguments.schemes]:
                 base = base_bits(source, scheme, calls)
@@ -193,7 +196,8 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
                     arm = ARMS[label]
                     if (arm.task and task is None) or (arguments.resume and results.arm(name, key)):
                         continue
-                    options = options_of(scheme, arm, calls, base + extra, task)
+                    asked = (scheme, arm, calls, base + extra, task, arguments.device)
+                    options = options_of(*asked)
                     facts = measure(source, workload, options, limit, task)
                     results.put(name, key, facts)
                     print(f"{name} {key}: {json.dumps(facts)}", flush=True)
@@ -216,6 +220,7 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
     with tempfile.TemporaryDirectory() as folder:
         calls = Path(folder) / "calls"
         calls.mkdir()
+        calls.with_name(f"{calls.name}-gradients").mkdir()
         write_calls(calls, some_calls(workload, 0, 2))
         block = 64
         base = base_bits(source, f"w2a16:b{block}", calls)
@@ -227,7 +232,7 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
                 arms[f"{kind.value} +{extra:g}"] = (f"w2a16:b{block}", arm, extra)
         for label, (scheme, arm, extra) in arms.items():
             output = Path(folder) / "compiled.onnx"
-            options = options_of(scheme, arm, calls, base + extra, None)
+            options = options_of(scheme, arm, calls, base + extra, None, arguments.device)
             compile_model(source, options, output=output)
             facts = {
                 what: latency_ratio(source, output, feeds())
@@ -289,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--extra", type=_numbers, default=[0.1, 0.35], help="Bits per weight.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calls", type=int, help="To round on, at most; else half of all.")
+    parser.add_argument("--device", default="cpu", help="Where PyTorch computes.")
     parser.add_argument("--latency", action="store_true", help="Time kinds of islands instead.")
     parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
     parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")

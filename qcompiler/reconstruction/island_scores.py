@@ -108,7 +108,7 @@ class ScoredWeights:
         loss = sum_gradients(
             models[-1],
             start.blocks,
-            _leaves(start, weights, at_codes=scoring.at_codes),
+            leaves_of(start, weights, at_codes=scoring.at_codes),
             scoring.task,
             start.original,
             scoring.run,
@@ -131,7 +131,7 @@ class ScoredWeights:
         return self._gradients.get(weight.name) if weight.name in self._gradients else None
 
 
-def _leaves(
+def leaves_of(
     start: StartingPoint, weights: Sequence[CodedWeight], *, at_codes: bool
 ) -> dict[int, list[Leaf]]:
     """Return the weights to differentiate by, by block."""
