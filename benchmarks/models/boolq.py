@@ -35,8 +35,9 @@ class Question:
 
 
 def answered(cache_dir: Path | None = None) -> tuple[Question, ...]:
-    """Return every question once, in the order of the file."""
-    rows = {row["question"]: row for row in reversed(_rows(_path(cache_dir)))}
+    """Return every question that has an answer once, in the order of the file."""
+    labelled = [row for row in _rows(_path(cache_dir)) if "label" in row]
+    rows = {row["question"]: row for row in reversed(labelled)}
     return tuple(
         Question(row["question"], row["passage"], bool(row["label"]))
         for row in reversed(rows.values())
