@@ -1,13 +1,15 @@
 """Blocks: stretches of a graph between values that everything passes through."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 
 from qcompiler.ir.dataflow import bodies_of, inputs_with_captures, is_op
 from qcompiler.ir.quantizable import find_sites
+from qcompiler.ir.side_sites import side_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +17,15 @@ class Block:
     """A stretch of the main graph between two cut values.
 
     A cut value is one through which every path from an earlier quantizable op to a later one
-    passes. Values with no quantizable op upstream (attention masks, rotary tables, position
-    ids) do not count: they may cross a cut.
+    passes. Values with no quantizable op upstream (attention masks, position ids) do not count,
+    nor tables of positions (`side_sites`): they may cross a cut.
 
     Attributes:
         index: Position in the chain, from 0.
         input: Name of the cut value it starts from; None at the graph's start.
         output: Name of the cut value it ends in; None for the last block.
-        nodes: The nodes that compute weights' products or anything downstream of one.
+        nodes: The nodes that compute weights' products, tables of positions too, or anything
+            downstream of the other ones.
         label: Module name from exporter metadata, or "".
     """
 
@@ -39,11 +42,22 @@ def find_blocks(model: ir.Model, minimum_sites: int = 1) -> list[Block]:
     Nodes inside bodies belong to the block of the node that holds them.
     """
     order = list(model.graph)
-    owner = _outermost(model)
-    site_nodes = {owner[site.node] for site in find_sites(model)[0] if site.node in owner}
+    sizes = _weights_of_nodes(model)
+    aside = side_sites(order, sizes)
+    site_nodes = sizes.keys() - aside
     tainted = _downstream(order, site_nodes)
     cuts = _cut_positions(model, order, tainted)
-    return _split(order, tainted, site_nodes, cuts, minimum_sites)
+    return _split(order, tainted | aside, site_nodes, cuts, minimum_sites)
+
+
+def _weights_of_nodes(model: ir.Model) -> dict[ir.Node, int]:
+    """Return how many weights the sites in every node of the main graph have."""
+    owner = _outermost(model)
+    sizes: dict[ir.Node, int] = {}
+    for site in find_sites(model)[0]:
+        if site.node in owner:
+            sizes[owner[site.node]] = sizes.get(owner[site.node], 0) + prod(site.shape)
+    return sizes
 
 
 def _outermost(model: ir.Model) -> dict[ir.Node, ir.Node]:
@@ -56,7 +70,7 @@ def _outermost(model: ir.Model) -> dict[ir.Node, ir.Node]:
     return owner
 
 
-def _downstream(order: list[ir.Node], seeds: set[ir.Node]) -> set[ir.Node]:
+def _downstream(order: list[ir.Node], seeds: Set[ir.Node]) -> set[ir.Node]:
     """Return the seeds and every node that depends on one."""
     tainted: set[ir.Node] = set()
     for node in order:
@@ -97,8 +111,8 @@ def _cut_positions(
 
 def _split(
     order: list[ir.Node],
-    tainted: set[ir.Node],
-    site_nodes: set[ir.Node],
+    tainted: Set[ir.Node],
+    site_nodes: Set[ir.Node],
     cuts: list[tuple[int, ir.Value]],
     minimum_sites: int,
 ) -> list[Block]:
@@ -196,11 +210,17 @@ _Kind = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def _weight_shapes(model: ir.Model) -> dict[ir.Node, _Kind]:
-    """Return op type and weight shape of every site, by the node of the main graph it lies in."""
+    """Return op type and weight shape of sites, by the node of the main graph they lie in.
+
+    Those beside the stream have no part in what repeats.
+    """
     owner = _outermost(model)
+    aside = side_sites(model.graph, _weights_of_nodes(model))
     found: dict[ir.Node, _Kind] = {}
     for site in find_sites(model)[0]:
         node = owner[site.node]
+        if node in aside:
+            continue
         found[node] = (*found.get(node, ()), (site.row.op_type, site.shape))
     return found
 
