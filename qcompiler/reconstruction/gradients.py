@@ -12,8 +12,6 @@ from itertools import islice
 from math import isfinite
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.task_calls import Task, TaskCall, TaskKind
 from qcompiler.errors import ModelError
 from qcompiler.execution.torch import Program
-from qcompiler.execution.torch.element_types import to_torch
+from qcompiler.execution.torch.element_types import Array, to_torch
 from qcompiler.ir.blocks import Block
 from qcompiler.progress import Progress
 from qcompiler.reconstruction.block_stream import BlockStream, open_device
@@ -42,12 +40,12 @@ class Leaf:
         name: What its gradient is called.
         value: The value of the main graph that holds it: an initializer, or what a
             DequantizeLinear returns.
-        read: Returns it, float32.
+        read: Returns it, of any float type.
     """
 
     name: str
     value: str
-    read: Callable[[], npt.NDArray[np.float32]]
+    read: Callable[[], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +95,19 @@ def sum_gradients(
         UsageError: The device cannot be used, the disk is full, or the loss does not fit.
     """
     chain = _Chain(model, blocks, leaves, loss_of(task, model), run)
-    total, group = 0.0, 1
+    total, group = 0.0, 0
     calls = task.read()
     with progress.task("finding gradients", max(1, task.count * len(blocks))) as advance:
-        while batch := list(islice(calls, group)):
+        while batch := list(islice(calls, max(1, group))):
             with ValueCache(files.home, run.memory) as cache:
                 chain.forward(batch, cache)
-                # On the way back every value has a gradient beside it for a while.
-                room = run.memory // (2 * max(1, cache.held_bytes // len(batch)))
-                group = max(1, min(room, task.count))
+                if not group:
+                    # On the way back every value has a gradient beside it for a while.
+                    room = run.memory // (2 * max(1, cache.held_bytes))
+                    group = max(1, min(room, task.count))
+                    others = list(islice(calls, group - 1))
+                    chain.forward(others, cache, first=1)
+                    batch += others
                 truths = _truths(task, teacher, blocks, batch, run, files)
                 total += chain.backward(batch, cache, truths, files, advance)
     return total / max(1, task.count)
@@ -113,13 +115,14 @@ def sum_gradients(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Work:
-    """What one block needs on the way back.
+    """What one block needs.
 
     Attributes:
         block: The block.
         program: Computes its result from its start.
-        tensors: The weights to differentiate by, by value.
-        sums: Of their gradients.
+        tensors: The weights to differentiate by, by value; on the way forward those of them that
+            are computed from codes.
+        sums: Of their gradients, on the way back.
     """
 
     block: Block
@@ -147,16 +150,20 @@ class _Chain:
         self._device = open_device(run.device)
         self._outputs = [value.name or "" for value in model.graph.outputs]
 
-    def forward(self, batch: Sequence[TaskCall], cache: ValueCache) -> None:
-        """Run all blocks but the last on some samples, and keep what lies between them."""
-        for at, call in enumerate(batch):
+    def forward(self, batch: Sequence[TaskCall], cache: ValueCache, first: int = 0) -> None:
+        """Run all blocks but the last on some samples, and keep what lies between them.
+
+        The first of the samples has number `first` in the cache.
+        """
+        numbers = range(first, first + len(batch))
+        for at, call in zip(numbers, batch, strict=True):
             for name, array in call.feeds.items():
                 is_text = array.dtype.kind in "UO"
                 cache.put(at, name, array if is_text else to_torch(array))
-        for block in self._blocks[:-1]:
+        for block in self._blocks[:-1] if batch else ():
             assert block.output is not None
-            work = self._work(block)
-            for at in range(len(batch)):
+            work = self._work(block, backward=False)
+            for at in numbers:
                 with torch.no_grad():
                     found = self._compute(work, at, cache, None)
                 cache.put(at, block.output, found[block.output])
@@ -173,7 +180,7 @@ class _Chain:
         total = 0.0
         first = min(self._leaves, default=len(self._blocks))
         for block in reversed(self._blocks[first:]):
-            work = self._work(block)
+            work = self._work(block, backward=True)
             for at, call in enumerate(batch):
                 total += self._differentiate(work, call, at, cache, truths)
                 advance(1)
@@ -229,17 +236,22 @@ class _Chain:
         replace = {name: tensor for name, tensor in work.tensors.items() if name not in constants}
         return work.program(feeds, weights=weights, replace=replace)
 
-    def _work(self, block: Block) -> _Work:
+    def _work(self, block: Block, *, backward: bool) -> _Work:
+        """Load a block; on the way forward only what codes stand for, so that it is found once."""
         cuts = None if block.input is None else [block.input]
         ends = self._outputs if block.output is None else [block.output]
         program = Program.from_subgraph(
             self._model, cuts, ends, device=self._device, dtype=torch.float32
         )
+        constants = set(program.weight_names)
         tensors = {
-            leaf.value: torch.from_numpy(leaf.read()).to(self._device).requires_grad_()
+            leaf.value: to_torch(leaf.read()).to(self._device).to(torch.float32)
             for leaf in self._leaves.get(block.index, ())
+            if backward or leaf.value not in constants
         }
-        sums = {name: torch.zeros_like(each) for name, each in tensors.items()}
+        for each in tensors.values() if backward else ():
+            each.requires_grad_()
+        sums = {name: torch.zeros_like(each) for name, each in tensors.items() if backward}
         return _Work(block, program, tensors, sums)
 
 

@@ -139,7 +139,7 @@ def leaves_of(
     found: dict[int, list[Leaf]] = {}
     for weight in weights:
         value = weight.dequantized[0] if at_codes else weight.name
-        read = partial(coded_values if at_codes else float_weight, weight)
+        read = partial(coded_values, weight) if at_codes else partial(read_all, weight.tensor)
         block = home[weight.sites[0].node]
         found.setdefault(block, []).append(Leaf(weight.name, value, read))
     return found
