@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from qcompiler.calibration.calls import Samples
 from qcompiler.errors import TargetError, UsageError
 from qcompiler.export.engine_weights import WeightFinding, find_weights
-from qcompiler.export.tensorrt_profiles import ShapeRange, profiles_of
+from qcompiler.export.tensorrt_profiles import Profiles, ShapeRange, profiles_of
 from qcompiler.export.to_tensorrt import (
     LIBRARIES,
     EngineFile,
@@ -143,32 +144,59 @@ def with_profiles(
     """Return a request that says which shapes the engine takes.
 
     Args:
-        request: The request; its own profiles come first.
+        request: The request; its own profiles come first. Their names may be patterns, with * and ?
+            in them.
         model: The source model.
         samples: The calls that other inputs' shapes are taken from, if there are any.
 
     Raises:
-        UsageError: A profile is for an input that the model does not have, or of another rank.
+        UsageError: A profile is for an input that the model does not have, or of another rank, or
+            the samples leave an input empty whose shape varies, such as a decoder's cache.
     """
-    ranks = {
-        value.name or "": None if value.shape is None else len(value.shape)
-        for value in model.graph.inputs
-    }
-    own = request.options.profile
-    for name, shapes in own.items():
-        if name not in ranks:
-            message = f"the model has no input {name!r}"
-            raise UsageError(message, where="--profile", hint=f"inputs: {', '.join(ranks)}")
-        if ranks[name] not in (None, len(shapes.common)):
-            message = f"input {name} has {ranks[name]} axes, and its profile {len(shapes.common)}"
-            raise UsageError(message, where="--profile")
+    own = _own_profiles(request.options.profile, model)
     seen: Mapping[str, ShapeRange] = {} if samples is None else profiles_of(samples)
     profile = {**seen, **own}
+    _refuse_empty([name for name in varying_inputs(model) if name not in own], seen)
     missing = [name for name in varying_inputs(model) if name not in profile]
     if request.elsewhere and missing:
         message = f"nothing says which shapes the input {missing[0]} takes"
         raise UsageError(message, hint="give --calibration, or --profile input:1x16..8x128..64x512")
     return replace(request, options=replace(request.options, profile=profile))
+
+
+def _own_profiles(asked: Profiles, model: ir.Model) -> dict[str, ShapeRange]:
+    """Return profiles by input; of two that fit an input the one with its very name counts."""
+    ranks = {
+        value.name or "": None if value.shape is None else len(value.shape)
+        for value in model.graph.inputs
+    }
+    found: dict[str, ShapeRange] = {}
+    for pattern, shapes in sorted(asked.items(), key=lambda each: each[0] in ranks):
+        names = [pattern] if pattern in ranks else [n for n in ranks if fnmatchcase(n, pattern)]
+        if not names:
+            message = f"the model has no input {pattern!r}"
+            raise UsageError(message, where="--profile", hint=f"inputs: {', '.join(ranks)}")
+        for name in names:
+            if ranks[name] not in (None, len(shapes.common)):
+                count = len(shapes.common)
+                message = f"input {name} has {ranks[name]} axes, and its profile {count}"
+                raise UsageError(message, where="--profile")
+            found[name] = shapes
+    return found
+
+
+def _refuse_empty(names: Sequence[str], seen: Profiles) -> None:
+    """Stop where an engine could only ever take an input that holds nothing."""
+    for name in names:
+        shapes = seen.get(name)
+        if shapes is None or 0 not in shapes.largest:
+            continue
+        example = "..".join(
+            "x".join(str(extent or most) for extent in shapes.largest) for most in (0, 128, 512)
+        )
+        message = f"input {name} is empty in all samples: so it would have to be in the engine"
+        hint = f"give --profile '{name}:{example}', and shapes of other inputs that go with it"
+        raise UsageError(message, where="--profile", hint=f"{hint}; names may have * in them")
 
 
 def varying_inputs(model: ir.Model) -> tuple[str, ...]:

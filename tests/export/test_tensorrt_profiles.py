@@ -1,13 +1,17 @@
 """Ranges of shapes that engines are built for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qcompiler.calibration.calls import Feeds, Samples
+from qcompiler.engine import EngineRequest, with_profiles
 from qcompiler.errors import UsageError
 from qcompiler.export.tensorrt_profiles import ShapeRange, parse_profile, profiles_of
+from qcompiler.export.to_tensorrt import EngineOptions
+from tests.support.graphs import build
 
 
 def samples(*shapes: tuple[int, ...]) -> Samples:
@@ -65,3 +69,50 @@ def test_reads_profiles(text: str, name: str, shapes: ShapeRange) -> None:
 def test_refuses_other_forms(text: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         parse_profile(text)
+
+
+_DECODER = """g (int64[1, T] ids, float[1, 2, P, 4] past.0, float[1, 2, P, 4] past.1)
+    => (int64[1, T] y) { y = Identity(ids) }"""
+_CACHE = ShapeRange((1, 2, 0, 4), (1, 2, 8, 4), (1, 2, 64, 4))
+
+
+def resolved(profile: dict[str, ShapeRange], past: int) -> dict[str, ShapeRange]:
+    def read() -> Iterator[Feeds]:
+        cache = np.zeros((1, 2, past, 4), np.float32)
+        yield {"ids": np.zeros((1, 5), np.int64), "past.0": cache, "past.1": cache}
+
+    text = _DECODER.replace("past.0", "past_0").replace("past.1", "past_1")
+    model = build(text)
+    for value in model.graph.inputs:
+        value.name = (value.name or "").replace("_", ".")
+    request = EngineRequest(Path("m.engine"), EngineOptions(profile=profile), "TensorRT")
+    return dict(with_profiles(request, model, Samples("test", False, 1, read)).options.profile)
+
+
+def test_a_pattern_is_for_all_inputs_that_fit_and_gives_way_to_a_name() -> None:
+    own = ShapeRange((1, 2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4))
+    found = resolved({"past.1": own, "past.*": _CACHE}, past=0)
+    assert found["past.0"] == _CACHE
+    assert found["past.1"] == own
+    assert found["ids"].common == (1, 5)
+    assert set(found) == {"ids", "past.0", "past.1"}
+
+
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"the model has no input 'present\.\*'"):
+        resolved({"present.*": _CACHE}, past=3)
+
+
+def test_a_cache_that_is_empty_in_all_samples_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"input past\.0 is empty in all samples") as caught:
+        resolved({}, past=0)
+    assert "--profile 'past.0:1x2x0x4..1x2x128x4..1x2x512x4'" in str(caught.value)
+
+
+def test_a_cache_that_samples_fill_is_taken_from_them() -> None:
+    assert resolved({}, past=7)["past.1"].largest == (1, 2, 7, 4)
+
+
+def test_a_profile_may_keep_a_cache_empty() -> None:
+    empty = ShapeRange((1, 2, 0, 4), (1, 2, 0, 4), (1, 2, 0, 4))
+    assert resolved({"past.*": empty}, past=0)["past.0"] == empty
