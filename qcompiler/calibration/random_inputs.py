@@ -8,11 +8,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.calls import Feeds, SampleOptions, Samples, counted
+from qcompiler.calibration.token_inputs import CACHE, IDS, MASK
 from qcompiler.errors import UsageError
 
 _SYMBOLIC_SIZE: Final = 4
 _DEFAULT_CALLS: Final = 8
 _HINT: Final = "give a file of samples"
+_AXES: Final = 2
+"""Of an attention mask: rows, tokens. Caches end in tokens, channels."""
 
 
 def synthetic_feeds(
@@ -21,14 +24,31 @@ def synthetic_feeds(
     """Make up one call's inputs from the model's signature.
 
     Floats are drawn from N(0, 1), integers are 1 (a valid token, mask and index almost
-    everywhere), booleans are true. Every symbolic dimension has the same size. Such inputs show
-    whether two graphs compute the same function; they say nothing about accuracy on real data.
+    everywhere), booleans are true. Every symbolic dimension has the same size, but for the
+    attention mask of a decoder with a cache, which is as long as the cache and the new tokens. Such
+    inputs show whether two graphs compute the same function; they say nothing about accuracy on
+    real data.
 
     Raises:
         UsageError: An input has a type that nothing sensible can be made up for.
     """
     generator = np.random.default_rng(seed)
-    return {str(v.name): _made_up(v, generator, symbolic_size) for v in model.graph.inputs}
+    past = _past_length(model, symbolic_size)
+    return {
+        str(value.name): _made_up(value, generator, symbolic_size, past)
+        for value in model.graph.inputs
+    }
+
+
+def _past_length(model: ir.Model, size: int) -> int:
+    """Return how much longer than the new tokens the attention mask is: as a cache is."""
+    inputs = {value.name or "": value.shape for value in model.graph.inputs}
+    ids, mask = inputs.get(IDS), inputs.get(MASK)
+    caches = [s for name, s in inputs.items() if CACHE.fullmatch(name) and s and len(s) > _AXES]
+    if not caches or mask is None or len(mask) != _AXES or (ids is not None and ids[1] == mask[1]):
+        return 0
+    length = caches[0][-_AXES]
+    return length if isinstance(length, int) else size
 
 
 def open_random(count: int | None, model: ir.Model, options: SampleOptions) -> Samples:
@@ -51,12 +71,16 @@ def open_random(count: int | None, model: ir.Model, options: SampleOptions) -> S
     return Samples(origin, True, calls, read)
 
 
-def _made_up(value: ir.Value, generator: np.random.Generator, size: int) -> npt.NDArray[np.generic]:
+def _made_up(
+    value: ir.Value, generator: np.random.Generator, size: int, past: int
+) -> npt.NDArray[np.generic]:
     where = f"input {value.name}"
     if value.dtype is None or value.shape is None:
         message = "has no tensor type or no rank, so no input can be made up for it"
         raise UsageError(message, where=where, hint=_HINT)
     shape = tuple(dim if isinstance(dim, int) else size for dim in value.shape)
+    if value.name == MASK and past and not isinstance(value.shape[1], int):
+        shape = (shape[0], size + past)
     if value.dtype.is_floating_point():
         return generator.standard_normal(shape).astype(value.dtype.numpy())
     if value.dtype == ir.DataType.STRING:

@@ -14,7 +14,8 @@ from qcompiler.errors import UsageError
 
 IDS: Final = "input_ids"
 MASK: Final = "attention_mask"
-_CACHE: Final = re.compile(r"past(_key_values?|_kv)?[._]?\d*([._].*)?")
+CACHE: Final = re.compile(r"past(_key_values?|_kv)?[._]?\d*([._].*)?")
+"""Names of inputs that hold what a decoder has computed of earlier tokens."""
 _RANKS: Final = {
     IDS: (2,),
     MASK: (2,),
@@ -58,7 +59,7 @@ def read_layout(signature: Signature) -> TokenLayout:
         hint = "write the inputs with np.savez, or give them with module:function"
         raise UsageError(message, where="text", hint=hint)
     layout = TokenLayout(ids.shape[0], ids.shape[1])
-    for cache in (i for i in signature.required if _CACHE.fullmatch(i.name)):
+    for cache in (i for i in signature.required if CACHE.fullmatch(i.name)):
         if 0 not in _cache_shape(cache, layout, 1):
             message = "has no symbolic length, so it cannot be empty at the start of a text"
             hint = "write the inputs with np.savez, or export the model with a symbolic past"
@@ -69,7 +70,7 @@ def read_layout(signature: Signature) -> TokenLayout:
 def _is_known(wanted: Input) -> bool:
     if wanted.shape is None:
         return False
-    if _CACHE.fullmatch(wanted.name):
+    if CACHE.fullmatch(wanted.name):
         return len(wanted.shape) >= 3
     return len(wanted.shape) in _RANKS.get(wanted.name, ())
 
@@ -110,7 +111,7 @@ def fill_inputs(
     for wanted in signature.inputs:
         if not _is_known(wanted) or wanted.shape is None:
             continue  # optional: read_layout refuses others
-        if _CACHE.fullmatch(wanted.name):
+        if CACHE.fullmatch(wanted.name):
             array: npt.NDArray[Any] = np.zeros(_cache_shape(wanted, layout, len(rows)))
         elif wanted.name == "position_ids":
             positions = np.arange(length)

@@ -146,6 +146,28 @@ def test_made_up_inputs_follow_the_signature() -> None:
     assert not np.array_equal(feeds["x"], synthetic_feeds(_model(), seed=4)["x"])
 
 
+@pytest.mark.parametrize(
+    ("mask", "past", "length"),
+    [("total", "past", 10), ("total", "3", 8), ("T", "past", 5), ("9", "past", 9)],
+)
+def test_a_made_up_mask_is_as_long_as_cache_and_new_tokens(
+    mask: str, past: str, length: int
+) -> None:
+    model = build(
+        f"""g (int64[1, T] input_ids, int64[1, {mask}] attention_mask,
+            float[1, 2, {past}, 4] past_key_values_0) => (int64[1, T] y) {{
+            y = Identity(input_ids) }}"""
+    )
+    feeds = synthetic_feeds(model, seed=0, symbolic_size=5)
+    assert feeds["input_ids"].shape == (1, 5)
+    assert feeds["attention_mask"].shape == (1, length)
+
+
+def test_a_made_up_mask_without_a_cache_has_the_size_of_all() -> None:
+    text = "g (int64[1, T] attention_mask, int64[1] past) => (int64[1] y) { y = Identity(past) }"
+    assert synthetic_feeds(build(text), seed=0)["attention_mask"].shape == (1, 4)
+
+
 def test_no_text_is_made_up() -> None:
     model = build("g (string[n] s) => (string[n] t) { t = Identity(s) }")
     with pytest.raises(UsageError, match="input s: is a string tensor"):
