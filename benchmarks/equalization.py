@@ -13,7 +13,6 @@ Results go to benchmarks/results/equalization.json, the tables to equalization.m
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
+from benchmarks.arguments import add_names, add_scoring, benchmark_parser, command_line
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.markdown_table import MISSING, measured_with, table
 from benchmarks.planted import plant_outliers
-from benchmarks.results_file import FOLDER, Results
+from benchmarks.results_file import Results
 from benchmarks.runtime import output_sqnr
 from qcompiler import CompileOptions, compile_model
 from qcompiler.options import CalibrationOptions, EqualizationOptions
@@ -165,33 +165,16 @@ def _cell(facts: Facts | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser = benchmark_parser(__doc__)
     names = [f"{name}{suffix}" for name in MODELS for suffix in ("", PLANTED)]
-    parser.add_argument("--models", type=_list_of(names), default=names)
-    parser.add_argument("--schemes", type=_list_of(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--methods", type=_list_of(METHODS), default=list(METHODS))
-    parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
-    parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
+    add_names(parser, "--models", names)
+    add_names(parser, "--schemes", list(SCHEMES))
+    add_names(parser, "--methods", list(METHODS))
+    add_scoring(parser)
     chosen = parser.parse_args(arguments)
-    results = Results([Path(sys.argv[0]).name, *sys.argv[1:]], chosen.folder, "equalization")
+    results = Results(command_line(), chosen.folder, "equalization")
     for name in chosen.models:
         measure_model(name, chosen, results)
-
-
-_Raw = argparse.RawDescriptionHelpFormatter
-
-
-def _list_of(known: Sequence[str] | Mapping[str, object]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            message = f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
-            raise argparse.ArgumentTypeError(message)
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown_table import MISSING, measured_with, table
+from benchmarks.markdown_table import MISSING, made_with, measured_with, table
 
 _MIB = 1 << 20
 
@@ -49,20 +49,8 @@ def _preamble(content: Record) -> list[str]:
         "calibration included. Engines are for SM86, by TensorRT-RTX without a GPU: built, not "
         "run.",
         "",
-        *_made_with(content),
+        *made_with(content),
     ]
-
-
-def _made_with(content: Record) -> list[str]:
-    """Return the versions that arms were made with, once each."""
-    found: dict[str, list[str]] = {}
-    for record in content["models"].values():
-        for arm, facts in record["arms"].items():
-            if versions := facts.get("made_with"):
-                text = ", ".join(f"{name} {number}" for name, number in versions.items())
-                if arm not in (arms := found.setdefault(text, [])):
-                    arms.append(arm)
-    return [f"- {', '.join(f'`{each}`' for each in arms)}: {text}" for text, arms in found.items()]
 
 
 def _model_line(before: Record) -> str:

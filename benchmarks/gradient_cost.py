@@ -9,7 +9,6 @@ before; on a GPU it is PyTorch's. The shapes of LLaMA are those of `benchmarks.l
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,10 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.arguments import benchmark_parser
 from benchmarks.int8_workloads import INT8_WORKLOADS
 from benchmarks.llama_windows import SHAPES, make_samples, write_model
-from benchmarks.results_file import machine, versions
+from benchmarks.results_file import write_facts
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.calibration.task_calls import Task, TaskCall, TaskKind
 from qcompiler.ir.load import load_model
@@ -157,9 +157,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--shape", choices=[_SMOLLM2, *SHAPES], default=_SMOLLM2)
     parser.add_argument("--scheme", default="w2a16:b64", help="Its weights are differentiated by.")
     parser.add_argument("--device", default="cpu")
@@ -171,11 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Where weights are written for the time being.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    facts = measure(arguments)
-    print(json.dumps(facts), flush=True)
-    if arguments.json is not None:
-        content = {"machine": machine(), "versions": versions(), **facts}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_facts(measure(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.int8_arms import NOT_INSTALLED
-from benchmarks.markdown_table import MISSING, measured_with, table
+from benchmarks.markdown_table import MISSING, made_with, measured_with, table
 
 _MIB = 1 << 20
 _SCORES = {
@@ -157,21 +157,12 @@ def _preamble(content: Record) -> list[str]:
         "calibration included. The last column counts what runs after optimization: products and "
         "lookups in integers, those left in float, and conversions between the two.",
         "",
-        *_made_with(content),
+        *made_with(content, _family),
     ]
 
 
-def _made_with(content: Record) -> list[str]:
-    """Return the versions that arms were made with, once each."""
-    found: dict[str, list[str]] = {}
-    for record in content["models"].values():
-        for arm, facts in record["arms"].items():
-            if versions := facts.get("made_with"):
-                text = ", ".join(f"{name} {number}" for name, number in versions.items())
-                family = arm.replace("/", ":").partition(":")[0]
-                if family not in (families := found.setdefault(text, [])):
-                    families.append(family)
-    return [f"- {', '.join(f'`{each}`' for each in arms)}: {text}" for text, arms in found.items()]
+def _family(arm: str) -> str:
+    return arm.replace("/", ":").partition(":")[0]
 
 
 def _model_lines(record: Record) -> list[str]:

@@ -14,7 +14,6 @@ benchmarks/results/islands.json, the tables to islands.md.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.arguments import add_names, add_scoring, benchmark_parser, command_line
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.latency import latency_ratio
 from benchmarks.markdown_table import MISSING, measured_with, table
 from benchmarks.models.smollm2_task import score_answers, write_answers
-from benchmarks.results_file import FOLDER, Results
+from benchmarks.results_file import Results
 from benchmarks.runtime import Feeds, output_sqnr
 from qcompiler import CompileOptions, compile_model
 from qcompiler.calibration.calls import SampleOptions
@@ -287,46 +287,24 @@ def _middle(found: Sequence[Facts], column: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("--models", type=_list_of(MODELS), default=list(MODELS))
-    parser.add_argument("--schemes", type=_list_of(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--arms", type=_list_of(ARMS), default=list(ARMS))
+    parser = benchmark_parser(__doc__)
+    add_names(parser, "--models", list(MODELS))
+    add_names(parser, "--schemes", list(SCHEMES))
+    add_names(parser, "--arms", list(ARMS))
     parser.add_argument("--extra", type=_numbers, default=[0.1, 0.35], help="Bits per weight.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calls", type=int, help="To round on, at most; else half of all.")
     parser.add_argument("--device", default="cpu", help="Where PyTorch computes.")
     parser.add_argument("--latency", action="store_true", help="Time kinds of islands instead.")
-    parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
-    parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
+    add_scoring(parser)
     chosen = parser.parse_args(arguments)
-    results = Results([Path(sys.argv[0]).name, *sys.argv[1:]], chosen.folder, "islands")
+    results = Results(command_line(), chosen.folder, "islands")
     for name in chosen.models:
         (measure_latency if chosen.latency else measure_model)(name, chosen, results)
 
 
-_Raw = argparse.RawDescriptionHelpFormatter
-
-
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
-
-
-def _list_of(known: Sequence[str] | Mapping[str, object]) -> Any:
-    def parse(text: str) -> list[str]:
-        # Names of arms hold commas: the longest that begins the rest is meant.
-        rest, names = text, []
-        while rest:
-            fits = [n for n in known if rest == n or rest.startswith(f"{n},")]
-            if not fits:
-                message = f"unknown: {rest}; known: {'; '.join(known)}"
-                raise argparse.ArgumentTypeError(message)
-            name = max(fits, key=len)
-            names.append(name)
-            rest = rest[len(name) + 1 :]
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

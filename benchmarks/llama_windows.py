@@ -13,7 +13,6 @@ operations for each weight and token of a forward run and four of a backward one
 
 import argparse
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -26,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from benchmarks.results_file import machine, versions
+from benchmarks.arguments import benchmark_parser
+from benchmarks.results_file import write_facts
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.ir.load import load_model
 from qcompiler.ir.weights import WeightStore
@@ -191,9 +191,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--scheme", default="w2a16:b64")
     parser.add_argument("--preset", choices=[each.value for each in Preset], default="default")
@@ -207,11 +205,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Where weights are written for the time being.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    facts = measure(arguments)
-    print(json.dumps(facts), flush=True)
-    if arguments.json is not None:
-        content = {"machine": machine(), "versions": versions(), **facts}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_facts(measure(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables of results as Markdown, and the sentence that says what they were measured with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MISSING = "-"
@@ -19,6 +19,25 @@ def measured_with(content: Mapping[str, Any]) -> list[str]:
         "",
         *(f"    {command}" for command in content["commands"]),
     ]
+
+
+def made_with(
+    content: Mapping[str, Any], name: Callable[[str], str] = lambda arm: arm
+) -> list[str]:
+    """Return the versions that arms were made with, once each, as lines.
+
+    Args:
+        content: What a results file holds.
+        name: What an arm is called here; arms of one name are one.
+    """
+    found: dict[str, list[str]] = {}
+    for record in content["models"].values():
+        for arm, facts in record["arms"].items():
+            if versions := facts.get("made_with"):
+                text = ", ".join(f"{package} {number}" for package, number in versions.items())
+                if name(arm) not in (arms := found.setdefault(text, [])):
+                    arms.append(name(arm))
+    return [f"- {', '.join(f'`{each}`' for each in arms)}: {text}" for text, arms in found.items()]
 
 
 def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -13,7 +13,6 @@ benchmarks/results/reconstruction.json, the tables to reconstruction.md.
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +21,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
+from benchmarks.arguments import add_names, add_scoring, benchmark_parser, command_line
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.markdown_table import MISSING, measured_with, table
 from benchmarks.models import smollm2
-from benchmarks.results_file import FOLDER, Results
+from benchmarks.results_file import Results
 from benchmarks.runtime import Feeds, output_sqnr, session_factory
 from qcompiler import CompileOptions, compile_model
 from qcompiler.options import CalibrationOptions, EqualizationOptions, Reconstruction
@@ -222,38 +222,21 @@ def _cell(seeds: Sequence[Facts]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("--models", type=_list_of(MODELS), default=list(MODELS))
-    parser.add_argument("--schemes", type=_list_of(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--arms", type=_list_of(ARMS), default=list(ARMS))
+    parser = benchmark_parser(__doc__)
+    add_names(parser, "--models", list(MODELS))
+    add_names(parser, "--schemes", list(SCHEMES))
+    add_names(parser, "--arms", list(ARMS))
     parser.add_argument("--preset", choices=[str(preset) for preset in Preset], default="default")
     parser.add_argument("--steps", type=int, help="In place of the preset's.")
     parser.add_argument("--batch", type=int, help="Calls in a step, in place of the preset's.")
     parser.add_argument("--calls", type=int, help="Calls to learn from.")
     parser.add_argument("--seeds", type=int, default=1, help="Runs of each arm that learns.")
     parser.add_argument("--device", default="cpu", help="Where PyTorch computes.")
-    parser.add_argument("--quick", action="store_true", help="Score on fewer items.")
-    parser.add_argument("--resume", action="store_true", help="Leave out what is measured.")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
+    add_scoring(parser)
     chosen = parser.parse_args(arguments)
-    results = Results([Path(sys.argv[0]).name, *sys.argv[1:]], chosen.folder, "reconstruction")
+    results = Results(command_line(), chosen.folder, "reconstruction")
     for name in chosen.models:
         measure_model(name, chosen, results)
-
-
-_Raw = argparse.RawDescriptionHelpFormatter
-
-
-def _list_of(known: Sequence[str] | Mapping[str, object]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            message = f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
-            raise argparse.ArgumentTypeError(message)
-        return names
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,6 +98,14 @@ class Results:
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
         new.replace(self.path)
+
+
+def write_facts(facts: Mapping[str, Any], path: Path | None) -> None:
+    """Print the facts of one measurement, and write them with what they were measured on."""
+    print(json.dumps(facts), flush=True)
+    if path is not None:
+        content = {"machine": machine(), "versions": versions(), **facts}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _without_places(words: Sequence[str]) -> list[str]:

@@ -118,22 +118,16 @@ class EqualizeChannels(Pass):
             threads=context.workers,
         )
         taken = value_names(model)
-        rounds = collector.rounds([_planned(group) for group in groups])
-        waiting = iter(groups)
-        with context.progress.task("equalizing channels", len(groups)) as advance:
-            for chunk in rounds:
-                flat = [site for sites in chunk for site in sites]
-                examples = collector.collect(flat, context.progress, "collecting examples")
-                for _ in chunk:
-                    group = next(waiting)
-                    if any(not examples[site].rows.shape[1] for site in _planned(group)):
-                        first = group.readers[0]
-                        reason = f"no sample gives {first.data.name} an element"
-                        yield Skip(RULE, node_name(first.site.node), reason)
-                        continue
-                    choice = choose_scales(group, examples, options.scales)
-                    yield self._apply(group, choice, context, taken)
-                    advance(1)
+        planned = [_planned(group) for group in groups]
+        found = collector.each(planned, context.progress, "equalizing channels")
+        for group, examples in zip(groups, found, strict=True):
+            if any(not each.rows.shape[1] for each in examples.values()):
+                first = group.readers[0]
+                reason = f"no sample gives {first.data.name} an element"
+                yield Skip(RULE, node_name(first.site.node), reason)
+                continue
+            choice = choose_scales(group, examples, options.scales)
+            yield self._apply(group, choice, context, taken)
 
     def _apply(
         self, group: ChannelGroup, choice: Choice, context: PassContext, taken: set[str]

@@ -1,6 +1,6 @@
 """Cuts off the few weights that are much larger than the others of their output channel."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -106,17 +106,12 @@ class SuppressOutliers(Pass):
             custom_op_libraries=options.custom_op_libraries,
             threads=context.workers,
         )
-        with context.progress.task("suppressing outliers", len(sites)) as advance:
-            for chunk in collector.rounds([[site] for site in sites]):
-                flat = [site for unit in chunk for site in unit]
-                examples = collector.collect(flat, context.progress, "collecting examples")
-                for site in flat:
-                    yield self._cut(site, examples, context)
-                    advance(1)
+        units = [[site] for site in sites]
+        for found in collector.each(units, context.progress, "suppressing outliers"):
+            for site, examples in found.items():
+                yield self._cut(site, examples, context)
 
-    def _cut(
-        self, site: Site, examples: Mapping[Site, Examples], context: PassContext
-    ) -> Rewrite | Skip:
+    def _cut(self, site: Site, examples: Examples, context: PassContext) -> Rewrite | Skip:
         """Cut a weight where that helps, and write down what was decided."""
         name = node_name(site.node)
         weight = read_all(site.tensor)
@@ -124,7 +119,7 @@ class SuppressOutliers(Pass):
         if not count:
             annotate(site.node, suppressed="no, its weight has no outliers")
             return Skip(RULE, name, "its weight has no outliers")
-        rows = examples[site].rows
+        rows = examples.rows
         if not rows.shape[1]:
             return Skip(RULE, name, "no sample gives its data an element")
         before, after = (self._noise(site, weight, each, rows) for each in (weight, cut))

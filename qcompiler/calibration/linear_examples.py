@@ -1,6 +1,6 @@
 """Examples of what ops with weights multiply: rows of a matrix, patches of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -115,12 +115,31 @@ class ExampleCollector:
         self._libraries = tuple(custom_op_libraries)
         self._threads = threads
 
-    def rounds(self, units: Sequence[Sequence[Site]]) -> list[list[Sequence[Site]]]:
-        """Divide lists of sites that belong together into rounds that fit memory, in order.
+    def each(
+        self, units: Sequence[Sequence[Site]], progress: Progress, task: str
+    ) -> Iterator[dict[Site, Examples]]:
+        """Yield the examples of lists of sites that belong together, in order.
+
+        The model runs on all calls for as many of them at once as fit memory.
+
+        Args:
+            units: The lists.
+            progress: Where it is shown.
+            task: What is done with each, for people.
 
         Raises:
-            UsageError: One list does not fit alone.
+            UsageError: One list does not fit memory alone.
+            TargetError: ONNX Runtime cannot run the model on a sample.
         """
+        with progress.task(task, len(units)) as advance:
+            for chunk in self._rounds(units):
+                found = self._collect([site for sites in chunk for site in sites], progress)
+                for sites in chunk:
+                    yield {site: found[site] for site in sites}
+                    advance(1)
+
+    def _rounds(self, units: Sequence[Sequence[Site]]) -> list[list[Sequence[Site]]]:
+        """Divide lists of sites that belong together into rounds that fit memory, in order."""
         names = dict.fromkeys(_data(site).name or "" for sites in units for site in sites)
         shapes = shapes_at(
             self._model,
@@ -149,12 +168,8 @@ class ExampleCollector:
             room -= cost
         return found
 
-    def collect(self, sites: Sequence[Site], progress: Progress, task: str) -> dict[Site, Examples]:
-        """Run all calls once and return the examples of some sites; those of one value share them.
-
-        Raises:
-            TargetError: ONNX Runtime cannot run the model on a sample.
-        """
+    def _collect(self, sites: Sequence[Site], progress: Progress) -> dict[Site, Examples]:
+        """Run all calls once; return examples of some sites, shared where they read one value."""
         groups: dict[tuple[str, object], _Gatherer] = {}
         owner: dict[Site, _Gatherer] = {}
         for site in sites:
@@ -169,7 +184,7 @@ class ExampleCollector:
                 threads=self._threads,
                 custom_op_libraries=self._libraries,
             ) as session,
-            progress.task(task, len(self._samples)) as advance,
+            progress.task("collecting examples", len(self._samples)) as advance,
         ):
             for index, feeds in enumerate(self._samples):
                 results = session.run(widened_feeds(feeds))

@@ -31,8 +31,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "profiles",
             multiple=True,
             metavar="IN:MIN..OPT..MAX",
-            help="Shapes of an input, as x:1x16..8x128..64x512; x may have * in it.  [default: those of "
-            "the samples]",
+            help="Shapes of an input, as x:1x16..8x128..64x512; x may have * in it.  [default: the "
+            "samples']",
         ),
         click.option(
             "--sm", metavar="86,89", help="Processors of the engine.  [default: the library's own]"
