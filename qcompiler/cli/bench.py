@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from qcompiler.cli.options import MODEL, data_options, samples_of
+from qcompiler.cli.options import (
+    MODEL,
+    custom_ops_option,
+    data_options,
+    report_option,
+    samples_of,
+)
 
 
 @click.command("bench")
@@ -23,8 +29,8 @@ from qcompiler.cli.options import MODEL, data_options, samples_of
     type=click.IntRange(min=1),
     help="Threads of an op in ONNX Runtime.  [default: its own]",
 )
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
-@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@custom_ops_option
+@report_option
 def command(
     models: tuple[Path, ...],
     data: str | None,

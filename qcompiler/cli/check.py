@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from qcompiler.cli.gate_options import gate_options, publish_verdict
-from qcompiler.cli.options import MODEL, data_options, samples_of
+from qcompiler.cli.options import (
+    MODEL,
+    custom_ops_option,
+    data_options,
+    samples_of,
+)
 
 
 @click.command("check")
@@ -29,7 +34,7 @@ from qcompiler.cli.options import MODEL, data_options, samples_of
     type=click.IntRange(min=1),
     help="Threads of an op while measuring.  [default: the runtime's own]",
 )
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@custom_ops_option
 def command(
     base: Path,
     candidate: Path,

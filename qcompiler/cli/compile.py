@@ -14,11 +14,13 @@ from qcompiler.cli.options import (
     blocks_of,
     calibration_of,
     calibration_options,
+    custom_ops_option,
     equalization_of,
     equalization_options,
     latency_options,
     plan_options,
     reconstruction_options,
+    report_option,
     samples_of,
 )
 from qcompiler.cli.search_options import search_of, search_options
@@ -81,11 +83,11 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Keep unfinished work there; the same command goes on where it was stopped.",
 )
-@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@report_option
 @click.option(
     "--html/--no-html", default=True, show_default=True, help="Write the report as a page, too."
 )
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@custom_ops_option
 @click.option(
     "--external-data/--no-external-data",
     default=None,
@@ -104,7 +106,6 @@ def command(
     output: Path | None,
     report: str,
     recipe: Path | None,
-    weight_range: str | None,
     verify: str,
     custom_ops: tuple[Path, ...],
     back_off: bool,
@@ -120,7 +121,6 @@ def command(
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.errors import printable
     from qcompiler.options import CompileOptions, Reconstruction, Verification
-    from qcompiler.quant.ranges import RangeMethod
     from qcompiler.report.files import report_json
     from qcompiler.report.terminal import print_report
     from qcompiler.report.verdict import GateFailedError
@@ -142,7 +142,6 @@ def command(
         engine_options=engine_options_of(others),
         blocks=blocks_of(others),
         seed=seed,
-        weight_range=None if weight_range is None else RangeMethod(weight_range),
         verify=Verification(verify),
         custom_op_libraries=custom_ops,
         gate=gate_from_texts(gate),

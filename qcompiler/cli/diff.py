@@ -4,13 +4,16 @@ from pathlib import Path
 
 import click
 
-from qcompiler.cli.options import MODEL
+from qcompiler.cli.options import (
+    MODEL,
+    report_option,
+)
 
 
 @click.command("diff")
 @click.argument("a", type=MODEL)
 @click.argument("b", type=MODEL)
-@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@report_option
 def command(a: Path, b: Path, report: str) -> None:
     """Say how compiled model or report B differs from A: as a whole, and node by node.
 

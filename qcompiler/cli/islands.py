@@ -11,9 +11,11 @@ from qcompiler.cli.options import (
     MODEL,
     calibration_of,
     calibration_options,
+    custom_ops_option,
     equalization_of,
     equalization_options,
     plan_options,
+    report_option,
 )
 
 if TYPE_CHECKING:
@@ -33,12 +35,11 @@ if TYPE_CHECKING:
     metavar="D",
     help="Where PyTorch computes: cpu, cuda, cuda:1.",
 )
-@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@report_option
+@custom_ops_option
 def command(
     model: Path,
     recipe: Path | None,
-    weight_range: str | None,
     report: str,
     custom_ops: tuple[Path, ...],
     **others: Any,
@@ -49,7 +50,6 @@ def command(
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.island_map import map_islands
     from qcompiler.options import CompileOptions
-    from qcompiler.quant.ranges import RangeMethod
 
     task = task_of(others)
     options = CompileOptions(
@@ -58,7 +58,6 @@ def command(
         equalization=equalization_of(others),
         islands=islands_of(others),
         task=task,
-        weight_range=None if weight_range is None else RangeMethod(weight_range),
         custom_op_libraries=custom_ops,
         **others,
     )

@@ -12,6 +12,7 @@ from qcompiler.quant.compute_type import ComputeType
 if TYPE_CHECKING:
     from qcompiler.calibration.calls import SampleOptions
     from qcompiler.options import CalibrationOptions, EqualizationOptions
+    from qcompiler.quant.ranges import RangeMethod
     from qcompiler.quant.reconstruction import BlockReconstruction
 
 MODEL = click.Path(path_type=Path)
@@ -42,6 +43,28 @@ def _compute_type(
     _context: click.Context, _parameter: click.Parameter, value: str | None
 ) -> ComputeType | None:
     return None if value is None else ComputeType(value)
+
+
+def _range_method(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> "RangeMethod | None":
+    from qcompiler.quant.ranges import RangeMethod  # it takes NumPy, which --help does not
+
+    return None if value is None else RangeMethod(value)
+
+
+def report_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add how the result is printed."""
+    kinds = click.Choice(["table", "json"])
+    return click.option("--report", type=kinds, default="table", show_default=True)(command)
+
+
+def custom_ops_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add libraries with the kernels of custom operators."""
+    text = "Custom op library."
+    return click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help=text)(
+        command
+    )
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +101,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--weight-range",
             type=click.Choice(["weighted-mse", "mse", "min-max"]),
+            callback=_range_method,
             help="How weight clipping ranges are chosen.  [default: weighted-mse]",
         ),
         click.option(

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import click
 
-from qcompiler.cli.options import MODEL, SOURCE_HELP
+from qcompiler.cli.options import (
+    MODEL,
+    SOURCE_HELP,
+    custom_ops_option,
+)
 
 _DIFFERS = 5
 
@@ -19,7 +23,7 @@ _DIFFERS = 5
 @click.option(
     "--measurements", type=MODEL, metavar="FILE", help="Latencies that the compilation used."
 )
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@custom_ops_option
 def command(
     manifest: Path,
     model: Path,

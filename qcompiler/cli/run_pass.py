@@ -31,7 +31,6 @@ def command(
     model: Path,
     output: Path,
     recipe: Path | None,
-    weight_range: str | None,
     **others: Any,
 ) -> None:
     """Run the pass NAME over MODEL, verify what it made, and write it to OUTPUT."""
@@ -43,11 +42,9 @@ def command(
     from qcompiler.options import CompileOptions, Reconstruction
     from qcompiler.pipeline import pass_named
     from qcompiler.plan import make_plan, with_data
-    from qcompiler.quant.ranges import RangeMethod
     from qcompiler.rewriting.base import PassContext
     from qcompiler.rewriting.manager import PassManager
 
-    method = None if weight_range is None else RangeMethod(weight_range)
     calibration = calibration_of(others)
     options = CompileOptions(
         recipe=recipe,
@@ -55,7 +52,6 @@ def command(
         equalization=equalization_of(others),
         reconstruct=Reconstruction(others.pop("reconstruct")),
         blocks=blocks_of(others),
-        weight_range=method,
         **others,
     )
     graph = load_model(model)

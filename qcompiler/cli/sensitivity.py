@@ -9,9 +9,11 @@ from qcompiler.cli.options import (
     MODEL,
     calibration_of,
     calibration_options,
+    custom_ops_option,
     equalization_of,
     equalization_options,
     plan_options,
+    report_option,
 )
 
 if TYPE_CHECKING:
@@ -38,12 +40,11 @@ if TYPE_CHECKING:
     help="As many of the worst as adding up damage says are too many for so many dB.",
 )
 @click.option("-o", "--output", type=MODEL, help="Write a recipe that spares these ops.")
-@click.option("--report", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("--custom-ops", type=MODEL, multiple=True, metavar="LIB", help="Custom op library.")
+@report_option
+@custom_ops_option
 def command(
     model: Path,
     recipe: Path | None,
-    weight_range: str | None,
     mode: str,
     top: int | None,
     min_output_sqnr: float | None,
@@ -56,7 +57,6 @@ def command(
     from qcompiler.cli.progress import terminal_progress
     from qcompiler.errors import UsageError
     from qcompiler.options import CompileOptions
-    from qcompiler.quant.ranges import RangeMethod
     from qcompiler.sensitivity import Mode, rank_sensitivity
 
     if top is not None and min_output_sqnr is not None:
@@ -69,7 +69,6 @@ def command(
         recipe=recipe,
         calibration=calibration_of(others),
         equalization=equalization_of(others),
-        weight_range=None if weight_range is None else RangeMethod(weight_range),
         custom_op_libraries=custom_ops,
         **others,
     )

@@ -1,6 +1,7 @@
 """Examples of what ops with weights multiply, and what rounding costs on them."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from qcompiler.ir.provenance import annotate
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.ir.shapes import infer_shapes
 from qcompiler.ir.weights import read_all
-from qcompiler.progress import SilentProgress
+from qcompiler.progress import Advance, SilentProgress
 from qcompiler.quant.granularity import PerAxis
 from qcompiler.quant.qtype import INT4
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
@@ -55,7 +56,8 @@ def examples_of(model: ir.Model, samples: Samples, **options: Any) -> tuple[Site
     collector = ExampleCollector(
         model, samples, **{"count": 30, "memory_budget": 1 << 30} | options
     )
-    return site, collector.collect([site], SilentProgress(), "collecting")[site]
+    (found,) = collector.each([[site]], SilentProgress(), "looking")
+    return site, found[site]
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -105,6 +107,18 @@ def test_rows_of_products(node: str) -> None:
     assert weight_matrix(site, read_all(site.tensor))[0] == pytest.approx(matrix)
 
 
+class TaskNames:
+    """Progress that keeps the names of tasks."""
+
+    def __init__(self) -> None:
+        self.tasks: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Advance]:
+        self.tasks.append(description)
+        yield lambda amount: None
+
+
 def test_rounds_hold_what_fits_and_one_op_must_fit() -> None:
     text = """g (float[N, 8] x) => (float[N, 8] y)
               { a = MatMul(x, v) b = Relu(a) c = MatMul(b, w) d = Relu(c) y = MatMul(d, u) }"""
@@ -113,11 +127,15 @@ def test_rounds_hold_what_fits_and_one_op_must_fit() -> None:
     units = [[site] for site in find_sites(model)[0]]
     samples = calls((100, 8))
     # A value takes 3,200 bytes in a call, and its 30 examples 960.
-    for budget, sizes in ((1 << 20, [3]), (4 * 9000, [2, 1]), (4 * 5000, [1, 1, 1])):
+    for budget, rounds in ((1 << 20, 1), (4 * 9000, 2), (4 * 5000, 3)):
         collector = ExampleCollector(model, samples, count=30, memory_budget=budget)
-        assert [len(chunk) for chunk in collector.rounds(units)] == sizes
+        progress = TaskNames()
+        found = list(collector.each(units, progress, "looking"))
+        assert [list(each) for each in found] == units
+        assert progress.tasks == ["looking", *["collecting examples"] * rounds]
+    too_small = ExampleCollector(model, samples, count=30, memory_budget=4 * 4000)
     with pytest.raises(UsageError, match="raise the memory budget"):
-        ExampleCollector(model, samples, count=30, memory_budget=4 * 4000).rounds(units)
+        list(too_small.each(units, SilentProgress(), "looking"))
 
 
 def quantized(
