@@ -14,6 +14,8 @@ from qcompiler.reconstruction.starting_point import CodedWeight
 
 Array = npt.NDArray[Any]
 _QUALITY: Final = (SQNR, PRODUCT_SQNR)
+_AT_ONCE: Final = 1 << 18
+"""Elements whose quality is found together: few enough for a processor's cache."""
 
 
 def contents(weight: CodedWeight) -> dict[str, Array]:
@@ -72,16 +74,24 @@ def put_step(scale: ir.Value, array: Array, store: WeightStore) -> None:
 
 def note_quality(weight: CodedWeight) -> None:
     """Write on the nodes how near the codes are to the float weight."""
-    exact = read_all(weight.tensor).astype(np.float32)
     rows, parts = weight.rows, contents(weight)
-    index = rows.scale_index()
-    steps = rows.rows(parts["codes"]).astype(np.float32)
-    if "zero_point" in parts:
-        steps -= rows.scale_rows(parts["zero_point"].astype(np.float32))[:, index]
-    values = steps * rows.scale_rows(parts["scale"])[:, index]
-    exact = rows.rows(exact)
-    error = float(np.square(values - exact, dtype=np.float64).sum())
-    quality = sqnr_db(float(np.square(exact, dtype=np.float64).sum()), error)
+    exact, codes = rows.rows(read_all(weight.tensor)), rows.rows(parts["codes"])
+    index, scales = rows.scale_index(), rows.scale_rows(parts["scale"])
+    zeros = (
+        rows.scale_rows(parts["zero_point"].astype(np.float32)) if "zero_point" in parts else None
+    )
+    power = noise = 0.0
+    count = max(1, _AT_ONCE // max(1, rows.width))
+    for first in range(0, rows.count, count):
+        some = slice(first, first + count)
+        values, truth = codes[some].astype(np.float32), exact[some].astype(np.float32)
+        if zeros is not None:
+            values -= zeros[some][:, index]
+        values *= scales[some][:, index]
+        values -= truth
+        noise += float(np.square(values, dtype=np.float64).sum())
+        power += float(np.square(truth, dtype=np.float64).sum())
+    quality = sqnr_db(power, noise)
     for site in weight.sites:
         annotate(site.node, weight_sqnr_db=quality)
         # That of the op alone says nothing any more: its inputs and its aim are others.
