@@ -51,13 +51,30 @@ def test_what_a_product_alone_depends_on_is_data() -> None:
     assert "table" not in outputs
 
 
-def test_of_tables_that_all_need_the_largest_is_data() -> None:
-    text = f"""g (int64[T] ids, int64[T] at) => (float[T, 4] y) {{
+def test_a_lookup_that_is_read_once_stays_where_it_is() -> None:
+    """An embedding of positions is added to that of words, before everything else."""
+    text = """g (int64[T] ids, int64[T] at) => (float[T, 4] y) {
         word = Gather(words, ids) place = Gather(cosines, at) h0 = Add(word, place)
-        table = Relu(h0) {_LAYERS} }}"""
+        o0 = MatMul(h0, w0) h1 = Add(h0, o0) y = MatMul(h1, w1) }"""
+    blocks = find_blocks(build(text, _weights()))
+    assert [block.output for block in blocks] == ["word", "h0", "h1", None]
+    assert [len(block.nodes) for block in blocks] == [1, 2, 2, 1]
+
+
+def test_of_tables_that_all_need_the_largest_is_data() -> None:
+    lookups = "table = Gather(cosines, at) word = Gather(words, ids) h0 = Add(word, table)"
+    text = f"""g (int64[T] ids, int64[T] at) => (float[T, 4] y) {{ {lookups} {_LAYERS} }}"""
     model = build(text, _weights())
-    first = find_blocks(model)[0]
-    assert [node.outputs[0].name for node in first.nodes][:3] == ["word", "place", "h0"]
+    gathers = {node.outputs[0].name: node for node in model.graph if node.op_type == "Gather"}
+    sizes = {node: 16 for node in model.graph if node.op_type == "MatMul"}
+    sizes |= {gathers["table"]: 64, gathers["word"]: 200}
+    assert side_sites(model.graph, sizes) == {gathers["table"]}
+    again = "skip = Mul(word, word) y = Add(y_0, skip)"
+    both = build(text.replace("y = MatMul(h2, w4)", f"y_0 = MatMul(h2, w4) {again}"), _weights())
+    gathers = {node.outputs[0].name: node for node in both.graph if node.op_type == "Gather"}
+    sizes = {node: 16 for node in both.graph if node.op_type == "MatMul"}
+    sizes |= {gathers["table"]: 64, gathers["word"]: 200}
+    assert side_sites(both.graph, sizes) == {gathers["table"]}
 
 
 def test_products_of_float_inputs_are_data() -> None:
