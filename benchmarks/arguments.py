@@ -21,6 +21,13 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="Where results go.")
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add where large weights lie while one thing is measured, and where its facts go."""
+    help_text = "Where weights are written for the time being."
+    parser.add_argument("--folder", type=Path, help=help_text)
+    parser.add_argument("--json", type=Path, help="Where facts are written, if anywhere.")
+
+
 def add_names(parser: argparse.ArgumentParser, option: str, known: Sequence[str]) -> None:
     """Add an option that takes some of the known names, with commas between them; all if none."""
     parser.add_argument(option, type=_names_of(known), default=list(known), metavar="A,B")

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.arguments import benchmark_parser
+from benchmarks.arguments import add_places, benchmark_parser
 from benchmarks.int8_workloads import INT8_WORKLOADS
 from benchmarks.llama_windows import SHAPES, make_samples, write_model
 from benchmarks.results_file import write_facts
@@ -166,8 +166,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="Timed ones; one more comes first.")
     parser.add_argument("--memory", type=int, default=2, help="GiB of values between blocks.")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="Where weights are written for the time being.")
-    parser.add_argument("--json", type=Path)
+    add_places(parser)
     arguments = parser.parse_args()
     write_facts(measure(arguments), arguments.json)
 

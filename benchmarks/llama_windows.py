@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from benchmarks.arguments import benchmark_parser
+from benchmarks.arguments import add_places, benchmark_parser
 from benchmarks.results_file import write_facts
 from qcompiler.calibration.calls import Feeds, Samples
 from qcompiler.ir.load import load_model
@@ -202,8 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="Steps of a window, in place of the preset's.")
     parser.add_argument("--memory", type=int, default=64, help="GiB the process may take.")
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--folder", type=Path, help="Where weights are written for the time being.")
-    parser.add_argument("--json", type=Path)
+    add_places(parser)
     arguments = parser.parse_args()
     write_facts(measure(arguments), arguments.json)
 

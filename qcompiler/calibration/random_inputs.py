@@ -47,8 +47,9 @@ def _past_length(model: ir.Model, size: int) -> int:
     caches = [s for name, s in inputs.items() if CACHE.fullmatch(name) and s and len(s) > _AXES]
     if not caches or mask is None or len(mask) != _AXES or (ids is not None and ids[1] == mask[1]):
         return 0
-    length = caches[0][-_AXES]
-    return length if isinstance(length, int) else size
+    behind_batch = caches[0][1:]
+    extents = [dim for dim in behind_batch if isinstance(dim, int)]
+    return extents[-_AXES] if len(extents) == len(behind_batch) else size
 
 
 def open_random(count: int | None, model: ir.Model, options: SampleOptions) -> Samples:

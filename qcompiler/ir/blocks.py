@@ -1,7 +1,7 @@
 """Blocks: stretches of a graph between values that everything passes through."""
 
 from bisect import bisect_right
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -42,22 +42,12 @@ def find_blocks(model: ir.Model, minimum_sites: int = 1) -> list[Block]:
     Nodes inside bodies belong to the block of the node that holds them.
     """
     order = list(model.graph)
-    sizes = _weights_of_nodes(model)
-    aside = side_sites(order, sizes)
-    site_nodes = sizes.keys() - aside
+    kinds = _weight_shapes(model)
+    aside = side_sites(order, _sizes(kinds))
+    site_nodes = kinds.keys() - aside
     tainted = _downstream(order, site_nodes)
     cuts = _cut_positions(model, order, tainted)
     return _split(order, tainted | aside, site_nodes, cuts, minimum_sites)
-
-
-def _weights_of_nodes(model: ir.Model) -> dict[ir.Node, int]:
-    """Return how many weights the sites in every node of the main graph have."""
-    owner = _outermost(model)
-    sizes: dict[ir.Node, int] = {}
-    for site in find_sites(model)[0]:
-        if site.node in owner:
-            sizes[owner[site.node]] = sizes.get(owner[site.node], 0) + prod(site.shape)
-    return sizes
 
 
 def _outermost(model: ir.Model) -> dict[ir.Node, ir.Node]:
@@ -196,6 +186,8 @@ def find_layers(model: ir.Model) -> list[Block]:
     """
     blocks = find_blocks(model)
     weights = _weight_shapes(model)
+    for node in side_sites(model.graph, _sizes(weights)):
+        del weights[node]  # tables beside the stream have no part in what repeats
     kinds = [_kind(block, weights) for block in blocks]
     start, period, count = _repetition(kinds)
     groups = [[block] for block in blocks[:start]]
@@ -210,19 +202,19 @@ _Kind = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def _weight_shapes(model: ir.Model) -> dict[ir.Node, _Kind]:
-    """Return op type and weight shape of sites, by the node of the main graph they lie in.
-
-    Those beside the stream have no part in what repeats.
-    """
+    """Return op type and weight shape of every site, by the node of the main graph it lies in."""
     owner = _outermost(model)
-    aside = side_sites(model.graph, _weights_of_nodes(model))
     found: dict[ir.Node, _Kind] = {}
     for site in find_sites(model)[0]:
-        node = owner[site.node]
-        if node in aside:
-            continue
-        found[node] = (*found.get(node, ()), (site.row.op_type, site.shape))
+        if site.node in owner:
+            node = owner[site.node]
+            found[node] = (*found.get(node, ()), (site.row.op_type, site.shape))
     return found
+
+
+def _sizes(kinds: Mapping[ir.Node, _Kind]) -> dict[ir.Node, int]:
+    """Return how many weights the sites in every node have."""
+    return {node: sum(prod(shape) for _, shape in kind) for node, kind in kinds.items()}
 
 
 def _kind(block: Block, weights: dict[ir.Node, _Kind]) -> _Kind:

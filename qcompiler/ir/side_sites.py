@@ -24,7 +24,7 @@ class _Upstream:
 
 
 def side_sites(order: Iterable[ir.Node], sizes: Mapping[ir.Node, int]) -> set[ir.Node]:
-    """Return the nodes with weights that every other one can be reached without.
+    """Return the nodes with weights that are tables beside the stream of data.
 
     Rotary tables, a table of relative distances: looked up, or multiplied, by integers alone, and
     read again beside what was made from them before, all along the graph. A lookup that some
