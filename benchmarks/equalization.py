@@ -3,27 +3,32 @@
     python -m benchmarks.equalization                       everything, hours
     python -m benchmarks.equalization --models cifar_cnn,minilm
     python -m benchmarks.equalization --models smollm2_folded --schemes w8a8 --resume
+    python -m benchmarks.equalization --models cifar_cnn-redrawn1 --schemes w4a16
 
 Every model comes twice: as it is, and with outlier channels planted that change nothing of what it
 computes (`planted`). Latency is not measured and nothing falls back. Up to 8 channels of a value
 may stay in float, as by default, but in the arm "plain"; heavy-tailed activations get two terms of
 codes, as by default, in the three last arms only. Each arm is scored as ONNX Runtime runs it.
+`redrawnN` scales every channel by at most 2 %, which changes nothing but how weights round: what
+arms differ by there, from one to the next, is luck.
 Results go to benchmarks/results/equalization.json, the tables to equalization.md.
 """
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from time import perf_counter
 from typing import Any, Final
 
 from benchmarks.arguments import add_names, add_scoring, benchmark_parser, command_line
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.markdown_table import MISSING, measured_with, table
-from benchmarks.planted import plant_outliers
+from benchmarks.planted import plant_outliers, redraw_rounding
 from benchmarks.results_file import Results
 from benchmarks.runtime import output_sqnr
 from qcompiler import CompileOptions, compile_model
@@ -32,6 +37,8 @@ from qcompiler.passes.equalize.equalize_channels import EqualizeChannels
 from qcompiler.quant.equalization import EqualizationMethod
 
 PLANTED: Final = "-planted"
+REDRAWN: Final = "-redrawn"
+DRAWS: Final = tuple(range(1, 9))
 MODELS: Final = ("cifar_cnn", "minilm", "smollm2_folded", "smollm2_raw")
 SCHEMES: Final = ("w8a8", "w8a8:tensor", "w4a16", "w4a16:b128", "w3a16", "w3a16:b128")
 
@@ -108,6 +115,16 @@ def measure(
     }
 
 
+def _workload(name: str) -> Int8Workload:
+    return INT8_WORKLOADS[re.sub(rf"{PLANTED}$|{REDRAWN}\d+$", "", name)]
+
+
+def _change(name: str, source: Path, output: Path) -> int:
+    """Write the variant of a model that is asked for; return how many channels are scaled."""
+    _, redrawn, draw = name.partition(REDRAWN)
+    return redraw_rounding(source, output, int(draw)) if redrawn else plant_outliers(source, output)
+
+
 def float_score(source: Path, workload: Int8Workload, limit: int) -> Facts:
     """Score the model that everything is compared with."""
     return {"score": workload.task.evaluate(source, limit)[workload.task.metric]}
@@ -115,18 +132,18 @@ def float_score(source: Path, workload: Int8Workload, limit: int) -> Facts:
 
 def measure_model(name: str, arguments: argparse.Namespace, results: Results) -> None:
     """Measure all arms of one model that are asked for."""
-    workload = INT8_WORKLOADS[name.removesuffix(PLANTED)]
+    workload = _workload(name)
     limit = workload.task.quick if arguments.quick else workload.task.full
     with tempfile.TemporaryDirectory() as folder:
         calls = Path(folder) / "calls"
         calls.mkdir()
         write_calls(calls, workload.samples())
         source = workload.task.build()
-        if name.endswith(PLANTED):
-            planted = Path(folder) / "planted.onnx"
-            count = plant_outliers(source, planted)
-            print(f"{name}: {count} channels planted", flush=True)
-            source = planted
+        if name != workload.name:
+            changed = Path(folder) / "changed.onnx"
+            count = _change(name, source, changed)
+            print(f"{name}: {count} channels changed", flush=True)
+            source = changed
         record = results.model(name)
         if not (arguments.resume and record["float"]):
             record["float"] = float_score(source, workload, limit)
@@ -143,10 +160,14 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Return all tables: one per model, schemes down and methods across."""
+    """Return all tables: one per model, schemes down and methods across; the draws share one."""
     parts = measured_with(content)
+    drawn: dict[str, list[Mapping[str, Facts]]] = {}
     for name, record in content["models"].items():
-        metric = INT8_WORKLOADS[name.removesuffix(PLANTED)].task.metric
+        if REDRAWN in name:
+            drawn.setdefault(_workload(name).name, []).append(record["arms"])
+            continue
+        metric = _workload(name).task.metric
         parts += ["", f"### {name}: {metric} (float {record['float']['score']:.2f})", ""]
         arms = record["arms"]
         parts += table(
@@ -156,7 +177,29 @@ def markdown(content: Mapping[str, Any]) -> str:
                 if any(f"{scheme} {label}" in arms for label in METHODS)
             }
         )
+    for name, draws in drawn.items():
+        parts += ["", f"### {name}: dB, mean and standard deviation of roundings", ""]
+        rows = {scheme: _spread(scheme, draws) for scheme in SCHEMES}
+        parts += table({scheme: cells for scheme, cells in rows.items() if cells})
     return "\n".join(parts) + "\n"
+
+
+def _spread(scheme: str, draws: Sequence[Mapping[str, Facts]]) -> dict[str, str]:
+    """Return what the draws of each method have in common, and what equalizing by default does."""
+    cells = {}
+    for label in METHODS:
+        arm = f"{scheme} {label}"
+        cells[label] = _mean([arms[arm]["sqnr_db"] for arms in draws if arm in arms])
+    one, other = f"{scheme} default", f"{scheme} default unequalized"
+    pairs = [(arms[one], arms[other]) for arms in draws if one in arms and other in arms]
+    cells["gain of default"] = _mean([a["sqnr_db"] - b["sqnr_db"] for a, b in pairs])
+    return {label: cell for label, cell in cells.items() if cell != MISSING}
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return MISSING
+    return f"{mean(values):.1f} ± {stdev(values):.1f} of {len(values)}"
 
 
 def _cell(facts: Facts | None) -> str:
@@ -166,8 +209,10 @@ def _cell(facts: Facts | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = benchmark_parser(__doc__)
-    names = [f"{name}{suffix}" for name in MODELS for suffix in ("", PLANTED)]
-    add_names(parser, "--models", names)
+    variants = [f"{name}{suffix}" for name in MODELS for suffix in ("", PLANTED)]
+    redrawn = [f"{name}{REDRAWN}{draw}" for name in MODELS for draw in DRAWS]
+    add_names(parser, "--models", [*variants, *redrawn])
+    parser.set_defaults(models=variants)
     add_names(parser, "--schemes", list(SCHEMES))
     add_names(parser, "--methods", list(METHODS))
     add_scoring(parser)

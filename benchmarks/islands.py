@@ -111,6 +111,7 @@ def options_of(
         device=device,
         gradients=calls.with_name(f"{calls.name}-gradients") if arm.kind else None,
         inspect_kernels=False,
+        compare=False,
     )
 
 

@@ -31,6 +31,8 @@ SMALLEST: Final = 10.0
 LARGEST: Final = 100.0
 """By how much they grow."""
 
+JITTER: Final = 0.02
+"""By how much every channel may grow or shrink where only the rounding is to change."""
 
 OVERFLOW: Final = 2.0**18
 """By how much a channel grows that is to leave float16: a power of two, so nothing is rounded."""
@@ -54,6 +56,20 @@ def plant_outliers(source: Path, output: Path, seed: int = 0) -> int:
         chosen = generator.choice(channels, count, replace=False)
         found[chosen] = 1 / generator.uniform(SMALLEST, LARGEST, count)
         return found
+
+    return _plant(source, output, scales, every=1)
+
+
+def redraw_rounding(source: Path, output: Path, seed: int) -> int:
+    """Write a model in which every channel is scaled by at most 2 %; return how many are.
+
+    It computes the same and is as hard to quantize, but each weight rounds another way. What is
+    measured of several such models tells how much of a difference is the luck of the rounding.
+    """
+    generator = np.random.default_rng(seed)
+
+    def scales(channels: int) -> npt.NDArray[np.float64]:
+        return generator.uniform(1 - JITTER, 1 + JITTER, channels)
 
     return _plant(source, output, scales, every=1)
 

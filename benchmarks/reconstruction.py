@@ -5,9 +5,10 @@
     python -m benchmarks.reconstruction --arms gptq,"cbq 2/1" --seeds 3 --calls 32 --resume
 
 `cbq W/O` has windows of W layers that share O; the arms after them are `cbq 2/1` with one thing
-other. What calibrates is not scored. Latency is not measured, channels are not equalized and
-nothing falls back. Each arm is scored as ONNX Runtime runs it. Results go to
-benchmarks/results/reconstruction.json, the tables to reconstruction.md.
+other. What calibrates is not scored. SmolLM2's output layer, and with it the embedding that it is
+tied to, stays in float, as it does in publications and with other tools. Latency is not measured,
+channels are not equalized and nothing falls back. Each arm is scored as ONNX Runtime runs it.
+Results go to benchmarks/results/reconstruction.json, the tables to reconstruction.md.
 """
 
 import argparse
@@ -119,6 +120,7 @@ def measure(source: Path, workload: Int8Workload, scheme: str, arm: Arm, common:
     """Compile one arm and score it."""
     options = CompileOptions(
         scheme=scheme,
+        exclude=workload.task.same_nodes_exclude or (),
         target="emulation" if scheme in EMULATED else "onnxruntime",
         calibration=CalibrationOptions(str(common.calls)),
         equalization=EqualizationOptions(None),
@@ -129,6 +131,7 @@ def measure(source: Path, workload: Int8Workload, scheme: str, arm: Arm, common:
         device=common.device,
         never_slower=False,
         inspect_kernels=False,
+        compare=False,
     )
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.onnx"

@@ -112,6 +112,7 @@ class _Search:
                 reconstruct=Reconstruction.NONE,
                 verify=Verification.STRUCTURE,
                 inspect_kernels=False,
+                compare=False,
                 gate=None,
                 html=False,
                 dump_ir=None,

@@ -63,6 +63,7 @@ from qcompiler.report.build import (
 from qcompiler.report.compute_types import type_counts, type_warnings
 from qcompiler.report.files import manifest_json
 from qcompiler.report.islands import islands_report
+from qcompiler.report.network import Network
 from qcompiler.report.records import EngineReport, FileFacts, NodeReport, Report
 from qcompiler.report.verdict import GateFailedError, Verdict, lasting_figures
 from qcompiler.rewriting.base import PassContext, PassRecord
@@ -154,10 +155,10 @@ def compile_model(
                     progress=progress,
                     external_data=options.external_data,
                 )
-            network = watching.network(plan, model, context)
+            network = watching.network(plan, model, context) if options.compare else Network()
         source_facts = FileFacts(name, size, digest.result(), opset)
         inspection = _inspect(model, saved, options, progress) if plan.target.runs_here else None
-        quality = _quality(plan, path, saved, progress)
+        quality = _quality(plan, path, saved, progress) if options.compare else ()
         latency = _latency(plan, path, saved, progress)
         built = None
         if engine is not None and not engine.elsewhere:

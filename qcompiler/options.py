@@ -151,6 +151,8 @@ class CompileOptions:
         external_data: Whether weights go to a file of their own; None decides by size.
         custom_op_libraries: Shared libraries with custom operators for ONNX Runtime.
         inspect_kernels: Whether to load the result in the target's runtime and see what runs.
+        compare: Whether the result is compared with the source on the samples, at its outputs and
+            along the network. Without, reports lack both.
         engine: Where an engine goes that is built from the result, None for none; an output that
             ends in .engine or .plan is one, too.
         engine_elsewhere: Whether an engine is built from the result on another machine: its options
@@ -198,6 +200,7 @@ class CompileOptions:
     external_data: bool | None = None
     custom_op_libraries: tuple[Path, ...] = ()
     inspect_kernels: bool = True
+    compare: bool = True
     engine: Path | None = None
     engine_elsewhere: bool = False
     engine_options: EngineOptions = field(default_factory=EngineOptions)

@@ -79,6 +79,7 @@ def reproduce(
         measurements=measurements,
         custom_op_libraries=custom_op_libraries,
         inspect_kernels=False,
+        compare=False,
     )
     _require_same_samples(source, options, wanted.settings)
     with TemporaryDirectory(prefix="qcompiler-") as folder:

@@ -127,7 +127,7 @@ def _candidates(
         yield "aweq", balanced_scales(width, weight_width)
     if method is EqualizationMethod.SMOOTHQUANT:
         yield f"smoothquant {options.alpha:g}", balanced_scales(size, weight_size, options.alpha)
-    if method is EqualizationMethod.SMOOTHQUANT_SEARCHED or (everything and quantized):
+    if method is EqualizationMethod.SMOOTHQUANT_SEARCHED or everything:
         for alpha in ALPHAS:
             yield f"smoothquant {alpha:g}", balanced_scales(size, weight_size, alpha)
     if method is EqualizationMethod.CFP:

@@ -100,6 +100,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Load the result in the runtime and report the kernels it chooses.",
 )
+@click.option(
+    "--compare/--no-compare",
+    default=True,
+    show_default=True,
+    help="Compare the result with MODEL on the samples, for the report.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: processors]")
 def command(
     model: Path,

@@ -18,7 +18,7 @@ F64 = npt.NDArray[np.float64]
 LARGEST_SCALE: Final = 1e3
 """Scales are kept between this and its reciprocal."""
 ALPHAS: Final = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Shares of the activation's range that are tried for quantized activations."""
+"""Shares of the activation's range that are tried."""
 EXPONENTS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Exponents that are tried for weights alone."""
 

@@ -1,6 +1,7 @@
 """Running a model block by block on all samples, with what lies between blocks kept."""
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import onnx_ir as ir
 import torch
@@ -11,8 +12,13 @@ from qcompiler.execution.torch import Program
 from qcompiler.execution.torch.element_types import Array, to_torch
 from qcompiler.ir.blocks import Block
 from qcompiler.ir.subgraph import subgraph_between
+from qcompiler.reconstruction.joined_calls import Fed, run_joined
 from qcompiler.reconstruction.value_cache import ValueCache
 from qcompiler.team import Alone, Team, owns
+
+_MOST_JOINED: Final = 16
+"""Calls that run at once where starting a kernel costs more than computing it."""
+_MASK_RANK: Final = 2
 
 
 def open_device(name: str) -> torch.device:
@@ -51,6 +57,7 @@ class BlockStream:
         cache: ValueCache,
         device: torch.device,
         team: Team | None = None,
+        joined: int | None = None,
     ) -> None:
         """Stand at the first block, without any call.
 
@@ -60,6 +67,7 @@ class BlockStream:
             cache: Where values go.
             device: Where blocks run.
             team: Who computes which calls; None is all of them here.
+            joined: Calls that run at once, at most; None is 1 on the CPU and 16 elsewhere.
         """
         self._team = team or Alone()
         self._model = model
@@ -69,6 +77,7 @@ class BlockStream:
         self._at = 0
         self._calls = 0
         self._own: list[int] = []
+        self._joined = joined or (1 if device.type == "cpu" else _MOST_JOINED)
         self.stand_ins: dict[str, torch.Tensor] = {}
 
     def read(self, samples: Samples) -> None:
@@ -97,13 +106,20 @@ class BlockStream:
         """The block the stream stands at."""
         return self._blocks[self._at]
 
-    def input(self, call: int, name: str) -> torch.Tensor | None:
-        """Return what the graph's input holds in a call, None if the samples have no such input."""
+    def tokens(self, call: int, name: str | None) -> torch.Tensor | None:
+        """Return which tokens of a call count, bool `[batch, tokens]`; None where all do.
+
+        Args:
+            call: The call.
+            name: Of an input that is 0 where a token does not count, if the graph has one.
+        """
         try:
-            value = self._cache.get(call, name)
+            mask = None if name is None else self._cache.get(call, name)
         except KeyError:
             return None
-        return value.to(self._device) if isinstance(value, torch.Tensor) else None
+        if not isinstance(mask, torch.Tensor) or mask.dim() != _MASK_RANK or bool(mask.all()):
+            return None
+        return (mask != 0).to(self._device)
 
     def kept(self, call: int, names: Sequence[str]) -> dict[str, torch.Tensor | Array]:
         """Return what is kept of a call: inputs of the graph, and where the block starts."""
@@ -117,11 +133,15 @@ class BlockStream:
         program = self._program(names)
         known = set(program.value_names)
         replace = {name: new for name, new in self.stand_ins.items() if name in known}
-        for call in self._own:
-            feeds = self.kept(call, program.input_names)
+
+        def run(feeds: Fed) -> list[torch.Tensor]:
             with torch.no_grad():
                 results = program(feeds, replace=replace)
-            yield {name: results[name] for name in names}
+            return [results[name] for name in names]
+
+        fed = (self.kept(call, program.input_names) for call in self._own)
+        for found in run_joined(run, fed, self._joined):
+            yield dict(zip(names, found, strict=True))
 
     def advance(self) -> None:
         """Run the block to its end on every call, and stand at the next one.

@@ -207,17 +207,11 @@ class _ModelRounder:
         sums = {key: HessianSum() for key in sites}
         names = list(dict.fromkeys(_data(site) for site in sites.values()))
         for call, values in enumerate(self._stream.values(names)):
-            keep = self._tokens(call)
+            keep = self._stream.tokens(call, self._run.padding_mask)
             for key, site in sites.items():
                 for rows in data_rows(site, values[_data(site)], keep):
                     sums[key].add(rows)
         return sums
-
-    def _tokens(self, call: int) -> torch.Tensor | None:
-        """Return which tokens of a call count, None where all do."""
-        name = self._run.padding_mask
-        mask = None if name is None else self._stream.input(call, name)
-        return None if mask is None or mask.dim() != 2 else mask != 0
 
     def _round(self, weight: CodedWeight, hessian: SharedHessian | None) -> Outcome:
         if hessian is None:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompiler.execution.torch.element_types import Array
+from qcompiler.reconstruction.joined_calls import Fed, feed_shapes, stacked
 
-Fed = dict[str, Tensor | Array]
 Branches = tuple[tuple[Tensor, ...], ...]
 
 
@@ -71,47 +70,6 @@ class WindowData:
         return [*found, _joined(pending)] if pending else found
 
 
-def can_join(
-    run: Callable[[Fed], Sequence[Tensor]], feeds: Sequence[Fed], tolerance: float = 1e-3
-) -> bool:
-    """Whether a window gives for several calls joined what it gives for each.
-
-    Args:
-        run: The window.
-        feeds: Two calls or more.
-        tolerance: Largest error allowed, as a part of the largest value.
-    """
-    if len({_shapes_of(each) for each in feeds}) > 1:
-        return False
-    if any(not isinstance(v, Tensor) or not v.dim() for each in feeds for v in each.values()):
-        return False
-    with torch.no_grad():
-        single = [run(each) for each in feeds]
-        try:
-            joined = run(_stacked(feeds))
-        except (RuntimeError, ValueError, IndexError):
-            return False
-    for index, found in enumerate(joined):
-        if any(not each[index].dim() for each in single):
-            return False
-        expected = torch.cat([each[index] for each in single])
-        if found.shape != expected.shape:
-            return False
-        largest = expected.abs().max() if expected.numel() else expected.new_zeros(())
-        if not bool((found - expected).abs().max() <= tolerance * largest):
-            return False
-    return True
-
-
-def _stacked(feeds: Sequence[Fed]) -> Fed:
-    first = feeds[0]
-    found: Fed = {}
-    for name in first:
-        parts = [each[name] for each in feeds]
-        found[name] = torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return found
-
-
 def _joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
@@ -121,13 +79,9 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     )
     masks = [each.keep for each in batches if each.keep is not None]
     keep = torch.cat(masks) if len(masks) == len(batches) else None
-    return Batch(_stacked([each.feeds for each in batches]), targets, keep, len(batches))
-
-
-def _shapes_of(feeds: Fed) -> tuple[object, ...]:
-    return tuple((name, tuple(value.shape)) for name, value in feeds.items())
+    return Batch(stacked([each.feeds for each in batches]), targets, keep, len(batches))
 
 
 def _shapes(batch: Batch) -> tuple[object, ...]:
     targets = tuple(tuple(each.shape) for branch in batch.targets for each in branch)
-    return (_shapes_of(batch.feeds), targets)
+    return (feed_shapes(batch.feeds), targets)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import onnx_ir as ir
@@ -13,12 +14,13 @@ from qcompiler.execution.torch import Program
 from qcompiler.execution.torch.element_types import Array
 from qcompiler.quant.reconstruction import BlockReconstruction, Compute
 from qcompiler.reconstruction.block_stream import BlockStream, open_device, program_from
+from qcompiler.reconstruction.joined_calls import Fed, can_join
 from qcompiler.reconstruction.losses import LossTerms
 from qcompiler.reconstruction.starting_point import CodedWeight, StartingPoint
 from qcompiler.reconstruction.trained_steps import TrainedStep
 from qcompiler.reconstruction.trained_weights import TrainedWeight
 from qcompiler.reconstruction.value_cache import ValueCache
-from qcompiler.reconstruction.window_data import Branches, Fed, WindowData, can_join
+from qcompiler.reconstruction.window_data import Branches, WindowData
 from qcompiler.reconstruction.window_training import Trainee, WindowTrainer
 from qcompiler.reconstruction.windows import Places, StepSize, Window
 from qcompiler.team import Alone, Team
@@ -156,7 +158,8 @@ class WindowMaker:
 
         some = [feeds(call) for call in self._student.own[:2]]
         joins = self._run.how.batch > 1 and len(some) > 1 and can_join(run, some)
-        return WindowData(feeds, targets, self._tokens, joins=joins)
+        tokens = partial(self._student.tokens, name=self._run.padding_mask)
+        return WindowData(feeds, targets, tokens, joins=joins)
 
     def _targets(self, window: Window) -> Callable[[int], Branches]:
         """Return what gives the outputs a window should have in a call, branch by branch."""
@@ -192,12 +195,6 @@ class WindowMaker:
             return tuple(found[name] for name in names)
 
         return computed
-
-    def _tokens(self, call: int) -> Tensor | None:
-        """Return which tokens of a call count, None where all do."""
-        name = self._run.padding_mask
-        mask = None if name is None else self._student.input(call, name)
-        return None if mask is None or mask.dim() != 2 else mask != 0
 
     def weight(self, weight: CodedWeight) -> TrainedWeight:
         """Return what is learned of a weight, from an earlier window if it was in one."""

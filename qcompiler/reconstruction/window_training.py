@@ -12,6 +12,7 @@ from qcompiler.errors import ModelError, UsageError
 from qcompiler.execution.torch import Program
 from qcompiler.progress import Advance
 from qcompiler.quant.reconstruction import BlockReconstruction, Rounding
+from qcompiler.reconstruction.joined_calls import is_out_of_memory
 from qcompiler.reconstruction.losses import LossTerms, total_loss
 from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.trained_steps import TrainedStep
@@ -240,7 +241,7 @@ class WindowTrainer:
                 for batch in self._data.batches(calls, self.batch_size):
                     work(batch)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.batch_size == 1:
                     message = "one call alone takes more memory than there is"
@@ -287,10 +288,6 @@ def _order(calls: Sequence[int], steps: int, batch: int, seed: int) -> list[list
             column += [some[index] for index in order]
         columns.append(column[:steps])
     return [list(each) for each in zip(*columns, strict=True)]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def improves(after: float, before: float) -> bool:

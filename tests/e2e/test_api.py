@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from qcompiler import (
     UsageError,
     compile_model,
 )
+from qcompiler.calibration.calls import SampleOptions
+from qcompiler.options import CalibrationOptions
 from qcompiler.report.files import read_report
 from tests.support.graphs import build, random_array, serialized
 
@@ -220,3 +223,20 @@ def test_special_files_are_refused(digits: Path, tmp_path: Path, scheme: str) ->
         compile_model(tmp_path / "pipe.onnx", output=tmp_path / "o.onnx")
     with pytest.raises(UsageError, match="is no regular file"):
         compile_model(digits, CompileOptions(scheme=scheme), output=tmp_path / "pipe.onnx")
+
+
+def test_comparing_can_be_left_out_and_changes_no_byte(digits: Path, tmp_path: Path) -> None:
+    source = str(digits.with_name("calibration.npz"))
+    data = CalibrationOptions(source, SampleOptions(batch_size=32))
+    options = CompileOptions(calibration=data, never_slower=False)
+    found = {}
+    for compare in (True, False):
+        output = tmp_path / str(compare) / "o.onnx"
+        output.parent.mkdir()
+        result = compile_model(digits, replace(options, compare=compare), output=output)
+        calibration = result.report.calibration
+        assert calibration is not None
+        assert bool(calibration.outputs) == compare
+        assert any(node.output_sqnr_db is not None for node in result.report.nodes) == compare
+        found[compare] = output.read_bytes()
+    assert found[True] == found[False]

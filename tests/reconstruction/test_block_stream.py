@@ -91,15 +91,41 @@ def test_blocks_see_what_was_put_in_place_of_a_value(tmp_path: Path) -> None:
             np.testing.assert_allclose(values["c"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_of_the_graph_stay_at_hand(tmp_path: Path) -> None:
-    model, calls = _model(), _calls()
+@pytest.mark.parametrize(
+    ("mask", "kept"), [(np.array([[1, 0, 1]]), [[True, False, True]]), (np.ones((1, 3)), None)]
+)
+def test_which_tokens_count(mask: Any, kept: list[list[bool]] | None, tmp_path: Path) -> None:
+    model = _model()
+    calls = [feeds | {"shift": np.zeros(8, np.float32), "mask": mask} for feeds in _calls()]
     with ValueCache(tmp_path, 0) as cache:
         stream = _stream(model, calls, cache)
         stream.advance()
-        found = stream.input(1, "shift")
-        assert found is not None
-        np.testing.assert_array_equal(found, calls[1]["shift"])
-        assert stream.input(1, "mask") is None
+        found = stream.tokens(1, "mask")
+        assert kept == (None if found is None else found.tolist())
+        assert stream.tokens(1, "shift") is None
+        assert stream.tokens(1, "missing") is None
+        assert stream.tokens(1, None) is None
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3, 3), (3, 3, 4, 4, 3)])
+def test_joined_calls_give_what_each_gives_alone(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    model = _model()
+    calls = [
+        {"x": random_array(length, 8, seed=at), "shift": random_array(1, 8, seed=at + 9)}
+        for at, length in enumerate(lengths)
+    ]
+    found = []
+    for joined in (1, 2, 16):
+        with ValueCache(tmp_path, 0) as cache:
+            blocks, device = find_blocks(model), torch.device("cpu")
+            stream = BlockStream(model, blocks, cache, device, joined=joined)
+            stream.read(samples_of(calls))
+            stream.advance()
+            stream.advance()
+            found.append([values["e"] for values in stream.values(["e"])])
+    for alone, two, many in zip(*found, strict=True):
+        torch.testing.assert_close(two, alone)
+        torch.testing.assert_close(many, alone)
 
 
 @pytest.mark.parametrize("name", ["cuda:77", "abacus"])

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
-from qcompiler.reconstruction.window_data import Fed, WindowData, can_join
+from qcompiler.reconstruction.joined_calls import Fed
+from qcompiler.reconstruction.window_data import WindowData
 
 
 def _data(lengths: Sequence[int], *, joins: bool, masks: bool = False) -> WindowData:
@@ -41,25 +41,3 @@ def test_other_shapes_stay_apart() -> None:
 def test_calls_that_cannot_be_joined_come_one_by_one() -> None:
     batches = _data([4] * 3, joins=False).batches(range(3), 8)
     assert [batch.calls for batch in batches] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("joins", "window"),
-    [
-        (True, lambda x: x * 2),
-        (True, lambda x: x.softmax(-1)),
-        (False, lambda x: x - x.mean(0)),
-        (False, lambda x: x.reshape(1, -1)),
-        (False, lambda x: x.sum()),
-    ],
-)
-def test_whether_calls_can_be_joined_is_tried(joins: bool, window: object) -> None:
-    assert callable(window)
-
-    def run(feeds: Fed) -> list[Tensor]:
-        return [window(feeds["x"])]
-
-    feeds: list[Fed] = [{"x": torch.randn(1, 6)}, {"x": torch.randn(1, 6)}]
-    assert can_join(run, feeds) == joins
-    assert not can_join(run, [feeds[0], {"x": torch.randn(1, 7)}])
-    assert not can_join(run, [{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}])
