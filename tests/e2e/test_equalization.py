@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
-from benchmarks.planted import plant_outliers
+from benchmarks.planted import JITTER, plant_outliers, redraw_rounding
 from qcompiler.cli.main import main
 from tests.support.graphs import random_array
 from tests.support.parity import run_model
@@ -70,6 +72,25 @@ def test_planting_changes_nothing(planted: Path, calls: Path) -> None:
         outputs = [run_model(ir.load(each), feeds) for each in (DIGITS, planted)]
         for name, values in outputs[0].items():
             assert outputs[1][name] == pytest.approx(values, abs=1e-4 * float(np.abs(values).max()))
+
+
+def test_redrawing_changes_weights_a_little_and_nothing_else(calls: Path, tmp_path: Path) -> None:
+    drawn = [tmp_path / f"{seed}.onnx" for seed in (1, 2)]
+    for seed, path in enumerate(drawn, start=1):
+        assert redraw_rounding(DIGITS, path, seed) > 3
+    feeds = dict(np.load(min(calls.glob("*.npz"))))
+    expected, *others = (run_model(ir.load(each), feeds) for each in (DIGITS, *drawn))
+    for found in others:
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(values, abs=1e-4 * float(np.abs(values).max()))
+    one, other = (_largest_weight(path) for path in drawn)
+    assert not np.array_equal(one, other)
+    assert other == pytest.approx(one, rel=5 * JITTER)
+
+
+def _largest_weight(path: Path) -> npt.NDArray[np.float32]:
+    weights = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+    return max(weights, key=lambda weight: weight.size)
 
 
 def test_planted_outliers_are_undone(planted: Path, calls: Path, tmp_path: Path) -> None:
