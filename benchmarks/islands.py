@@ -6,7 +6,8 @@
     python -m benchmarks.islands --latency --models smollm2_folded
 
 Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme
-alone: values, indices and padding of islands, counted. `task` arms are conditioned on BoolQ
+alone: values, indices and padding of islands, counted. SmolLM2's output layer stays in float, and
+the embedding that it is tied to. `task` arms are conditioned on BoolQ
 questions with their answers, and scored on others of them; all arms round on the same calls. Each
 seed takes another half of the calls. What calibrates is not scored. Results go to
 benchmarks/results/islands.json, the tables to islands.md.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -88,10 +89,31 @@ ARMS: Final[Mapping[str, Arm]] = {
 }
 
 
-def options_of(
-    scheme: str, arm: Arm, calls: Path, bits: float, task: Path | None, device: str
-) -> CompileOptions:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What arms of a model and a seed have in common.
+
+    Attributes:
+        exclude: What stays in float.
+        calls: Folder of calls.
+        task: Questions and answers, if the model has a task.
+        device: Where PyTorch computes.
+    """
+
+    exclude: tuple[str, ...]
+    calls: Path
+    task: Path | None
+    device: str
+
+    @classmethod
+    def make(cls, workload: Int8Workload, calls: Path, task: Path | None, device: str) -> Self:
+        """Return it for a workload."""
+        return cls(workload.task.same_nodes_exclude or (), calls, task, device)
+
+
+def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileOptions:
     """Return what an arm asks the compiler for."""
+    calls, task = setting.calls, setting.task
     head, _, block = scheme.partition(":b")
     scheme = f"{head}:b{int(block) // arm.smaller}" if block else scheme
     islands = None
@@ -103,26 +125,28 @@ def options_of(
         source = TaskOptions(str(task), SampleOptions(tokenizer=tokenizer, max_tokens=384))
     return CompileOptions(
         scheme=scheme,
+        exclude=setting.exclude,
         calibration=CalibrationOptions(str(calls)),
         equalization=EqualizationOptions(None),
         reconstruct=Reconstruction.GPTQ,
         islands=islands,
         task=source,
-        device=device,
+        device=setting.device,
         gradients=calls.with_name(f"{calls.name}-gradients") if arm.kind else None,
         inspect_kernels=False,
         compare=False,
     )
 
 
-def base_bits(source: Path, scheme: str, calls: Path) -> float:
+def base_bits(source: Path, scheme: str, setting: Setting) -> float:
     """Return the bits per weight of a scheme alone."""
     request = IslandRequest(Saliency.RANDOM, IslandBudget(fraction=1e-9))
-    calibration = CalibrationOptions(str(calls))
+    calibration = CalibrationOptions(str(setting.calls))
     found = map_islands(
         source,
         CompileOptions(
             scheme=scheme,
+            exclude=setting.exclude,
             calibration=calibration,
             islands=request,
             equalization=EqualizationOptions(None),
@@ -190,15 +214,15 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
             calls.mkdir()
             calls.with_name(f"{calls.name}-gradients").mkdir()
             write_calls(calls, some_calls(workload, seed, arguments.calls))
+            setting = Setting.make(workload, calls, task, arguments.device)
             for scheme in [each for each in MODELS[name] if each in arguments.schemes]:
-                base = base_bits(source, scheme, calls)
+                base = base_bits(source, scheme, setting)
                 for label, extra in _cells(arguments):
                     key = f"{scheme} {label}{f' +{extra:g}' if extra else ''} seed {seed}"
                     arm = ARMS[label]
                     if (arm.task and task is None) or (arguments.resume and results.arm(name, key)):
                         continue
-                    asked = (scheme, arm, calls, base + extra, task, arguments.device)
-                    options = options_of(*asked)
+                    options = options_of(scheme, arm, base + extra, setting)
                     facts = measure(source, workload, options, limit, task)
                     results.put(name, key, facts)
                     print(f"{name} {key}: {json.dumps(facts)}", flush=True)
@@ -224,7 +248,8 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
         calls.with_name(f"{calls.name}-gradients").mkdir()
         write_calls(calls, some_calls(workload, 0, 2))
         block = 64
-        base = base_bits(source, f"w2a16:b{block}", calls)
+        setting = Setting.make(workload, calls, None, arguments.device)
+        base = base_bits(source, f"w2a16:b{block}", setting)
         arms = {f"uniform {bits}": (f"w{bits}a16:b{block}", Arm(), 0.0) for bits in (2, 3, 4)}
         for kind in IslandKind:
             for extra in arguments.extra:
@@ -233,7 +258,7 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
                 arms[f"{kind.value} +{extra:g}"] = (f"w2a16:b{block}", arm, extra)
         for label, (scheme, arm, extra) in arms.items():
             output = Path(folder) / "compiled.onnx"
-            options = options_of(scheme, arm, calls, base + extra, None, arguments.device)
+            options = options_of(scheme, arm, base + extra, setting)
             compile_model(source, options, output=output)
             facts = {
                 what: latency_ratio(source, output, feeds())

@@ -78,7 +78,14 @@ def gptqmodel(
     module = smollm2.module("folded")
     with tempfile.TemporaryDirectory() as folder:
         module.save_pretrained(folder)
-        config = QuantizeConfig(bits=bits, group_size=block, sym=False, device=arguments.device)
+        _tokenizer().save_pretrained(folder)
+        config = QuantizeConfig(
+            bits=bits,
+            group_size=block,
+            sym=False,
+            device=arguments.device,
+            offload_to_disk=False,
+        )
         peer = GPTQModel.load(folder, config)
         calls = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
         begin = perf_counter()
@@ -88,8 +95,12 @@ def gptqmodel(
         for name, layer in peer.model.named_modules():
             if hasattr(layer, "dequantize_weight"):
                 with torch.no_grad():
-                    values = layer.dequantize_weight().T.float().cpu().numpy()
-                found[f"{name}.weight"] = values
+                    values = layer.dequantize_weight()
+                    if layer.qzero_format() == 1:
+                        # Zero points lie in this form less 1, which kernels put back when loaded.
+                        steps = layer.scales.repeat_interleave(block, dim=0)
+                        values = values - steps[: len(values)].to(values.dtype)
+                found[f"{name}.weight"] = values.T.float().cpu().numpy()
         return found, seconds
 
 
