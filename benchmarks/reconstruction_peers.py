@@ -98,8 +98,7 @@ def gptqmodel(
                     values = layer.dequantize_weight()
                     if layer.qzero_format() == 1:
                         # Zero points lie in this form less 1, which kernels put back when loaded.
-                        steps = layer.scales.repeat_interleave(block, dim=0)
-                        values = values - steps[: len(values)].to(values.dtype)
+                        values = values - layer.scales[layer.g_idx.long()].to(values.dtype)
                 found[f"{name}.weight"] = values.T.float().cpu().numpy()
         return found, seconds
 

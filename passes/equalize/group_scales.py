@@ -26,10 +26,10 @@ from qcompiler.quant.equalization import (
 
 F64 = npt.NDArray[np.float64]
 
-_LEAST_GAIN: Final = 0.9
-"""What the noise must fall to, on examples that chose nothing, for scales to be taken.
-
-Half a decibel of one group's is not seen in a model's outputs; other roundings move those more.
+_LEAST_GAIN: Final = {EqualizationMethod.AUTO: 0.9, EqualizationMethod.CFP: 0.98}
+"""What the noise must fall to, on examples that chose nothing, for scales to be taken; any others
+are taken whatever they do. Less than half a decibel of a group's is seldom seen in a model's
+outputs: other roundings of the weights move those more.
 """
 
 
@@ -110,8 +110,8 @@ def choose_scales(
     plain = _noise(products, np.ones(group.count))
     noises = {label: _noise(products, scales) for label, scales in candidates.items()}
     best = min(noises, key=lambda label: noises[label].fit + noises[label].judge)
-    judged = options.method in (EqualizationMethod.AUTO, EqualizationMethod.CFP)
-    if judged and noises[best].judge > _LEAST_GAIN * plain.judge:
+    limit = _LEAST_GAIN.get(options.method)
+    if limit is not None and noises[best].judge > limit * plain.judge:
         return Choice("none", np.ones(group.count), plain.judge, noises[best].judge)
     return Choice(best, candidates[best], plain.judge, noises[best].judge)
 

@@ -109,6 +109,12 @@ def stacked(feeds: Sequence[Fed]) -> Fed:
     return found
 
 
+def as_tensor(value: Tensor | Array) -> Tensor:
+    """Return a value that is known to be a tensor: anything but text."""
+    assert isinstance(value, Tensor)
+    return value
+
+
 def feed_shapes(feeds: Fed) -> tuple[object, ...]:
     """Return names and shapes of what is fed."""
     return tuple((name, tuple(value.shape)) for name, value in feeds.items())

@@ -1,7 +1,7 @@
 """A window with its data and its optimizer, made of the graph."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -14,7 +14,7 @@ from qcompiler.execution.torch import Program
 from qcompiler.execution.torch.element_types import Array
 from qcompiler.quant.reconstruction import BlockReconstruction, Compute
 from qcompiler.reconstruction.block_stream import BlockStream, open_device, program_from
-from qcompiler.reconstruction.joined_calls import Fed, can_join
+from qcompiler.reconstruction.joined_calls import Fed, as_tensor, can_join
 from qcompiler.reconstruction.losses import LossTerms
 from qcompiler.reconstruction.starting_point import CodedWeight, StartingPoint
 from qcompiler.reconstruction.trained_steps import TrainedStep
@@ -115,7 +115,12 @@ class WindowMaker:
         # Codes of activations need more bits than the half types have.
         compute = torch.float32 if steps else _TYPES[self._run.how.compute]
         program = self._program(self._start.model, window, compute)
-        return Trainee(program, names, weights, steps, compute)
+
+        def parts() -> list[Program]:
+            each = (replace(window, start=at, stop=at + 1) for at in inside)
+            return [self._program(self._start.model, block, compute) for block in each]
+
+        return Trainee(program, names, weights, steps, compute, parts)
 
     def trainer(self, window: Window) -> WindowTrainer:
         """Return what learns a window that the blocks were brought to by `stand_at`."""
@@ -150,7 +155,7 @@ class WindowMaker:
             found = {name: _on(self.device, value) for name, value in kept.items()}
             if cut in found:
                 # A program converts what has a type in the graph; a cut value may have none.
-                found[cut] = _tensor(found[cut]).to(trainee.compute)
+                found[cut] = as_tensor(found[cut]).to(trainee.compute)
             return found
 
         def run(given: Fed) -> list[Tensor]:
@@ -183,7 +188,7 @@ class WindowMaker:
 
             def kept(call: int) -> tuple[Tensor, ...]:
                 found = self._teacher.kept(call, names)
-                return tuple(_tensor(_on(self.device, found[name])) for name in names)
+                return tuple(as_tensor(_on(self.device, found[name])) for name in names)
 
             return kept
         cut = self.blocks[-1].input
@@ -221,8 +226,3 @@ class WindowMaker:
 
 def _on(device: torch.device, value: Tensor | Array) -> Tensor | Array:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _tensor(value: Tensor | Array) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value

@@ -7,12 +7,13 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qcompiler.errors import ModelError, UsageError
 from qcompiler.execution.torch import Program
 from qcompiler.progress import Advance
 from qcompiler.quant.reconstruction import BlockReconstruction, Rounding
-from qcompiler.reconstruction.joined_calls import is_out_of_memory
+from qcompiler.reconstruction.joined_calls import Fed, as_tensor, is_out_of_memory
 from qcompiler.reconstruction.losses import LossTerms, total_loss
 from qcompiler.reconstruction.trained import Trained
 from qcompiler.reconstruction.trained_steps import TrainedStep
@@ -38,6 +39,7 @@ class Trainee:
         weights: Its weights.
         steps: Step sizes of its activations.
         compute: The type that it runs in.
+        parts: Makes the same window block by block, each from what the one before gives.
     """
 
     program: Program
@@ -45,17 +47,33 @@ class Trainee:
     weights: Sequence[TrainedWeight]
     steps: Sequence[TrainedStep]
     compute: torch.dtype
+    parts: Callable[[], Sequence[Program]]
 
     def run(
-        self, feeds: Mapping[str, object], values: Sequence[Tensor], steps: Sequence[Tensor]
+        self,
+        feeds: Fed,
+        values: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        parts: Sequence[Program] | None = None,
     ) -> list[Tensor]:
-        """Return the outputs with some values of weights and step sizes."""
+        """Return the outputs with some values of weights and step sizes.
+
+        With `parts` only what lies between blocks is kept for the gradient, and each block runs
+        again on the way back (Chen et al. 2016, arXiv 1604.06174).
+        """
         names = [each.weight.dequantized for each in self.weights]
         pairs = zip(names, values, strict=True)
         replace = {name: value for found, value in pairs for name in found}
         live = {each.step.name: s for each, s in zip(self.steps, steps, strict=True)}
-        found = self.program(feeds, weights=live, replace=replace)  # type: ignore[arg-type]
-        return [found[name] for name in self.outputs]
+        if parts is None:
+            found = self.program(feeds, weights=live, replace=replace)
+            return [found[name] for name in self.outputs]
+        known: Fed = dict(feeds)
+        for part in parts:
+            given = (part, known, live, replace)
+            # Nothing in a graph that learns is random.
+            known |= checkpoint(_run_part, *given, use_reentrant=False, preserve_rng_state=False)
+        return [as_tensor(known[name]) for name in self.outputs]
 
     def hard(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights and step sizes as they would be written now."""
@@ -77,12 +95,26 @@ class Trainee:
             each.restore(saved)
 
 
+def _run_part(
+    part: Program, known: Fed, live: Mapping[str, Tensor], replace: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run one block of a window with what it takes of all that is given."""
+    weights, values = set(part.weight_names), set(part.value_names)
+    return part(
+        {name: known[name] for name in part.input_names},
+        weights={name: new for name, new in live.items() if name in weights},
+        replace={name: new for name, new in replace.items() if name in values},
+    )
+
+
 class WindowTrainer:
     """Learns one window.
 
     Attributes:
         trainee: The window.
         batch_size: Calls that run at once; halved when memory runs out.
+        parts: The window block by block, once memory does not suffice for one call; blocks then run
+            again on the way back, one by one.
     """
 
     def __init__(
@@ -109,6 +141,7 @@ class WindowTrainer:
         self._data = data
         self._settings = settings
         self.batch_size = settings.batch
+        self.parts: Sequence[Program] | None = None
         groups = _groups(trainee, settings)
         self._rates = list(groups)
         self._optimizer = torch.optim.Adam(
@@ -229,8 +262,15 @@ class WindowTrainer:
         return self._settings.regularizer * torch.stack(undecided).sum() / size
 
     def _loss(self, batch: Batch, values: Sequence[Tensor], steps: Sequence[Tensor]) -> Tensor:
-        found = self.trainee.run(batch.feeds, values, steps)
+        found = self.trainee.run(batch.feeds, values, steps, self.parts)
         return total_loss(found, batch.targets, self._terms, batch.keep, batch.calls)
+
+    def _go_by_blocks(self) -> bool:
+        """Begin to run blocks one by one; say whether that is something else than before."""
+        parts = self.trainee.parts() if self.parts is None else ()
+        if len(parts) > 1:
+            self.parts = parts
+        return len(parts) > 1
 
     def _each_batch(
         self, calls: Sequence[int], work: Callable[[Batch], None], forget: Callable[[], object]
@@ -243,13 +283,13 @@ class WindowTrainer:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.batch_size == 1:
+                if self.batch_size == 1 and not self._go_by_blocks():
                     message = "one call alone takes more memory than there is"
                     hint = "use smaller windows or calls, or another device"
                     raise UsageError(message, hint=hint) from error
             else:
                 return
-            self.batch_size //= 2
+            self.batch_size = max(1, self.batch_size // 2)
             forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

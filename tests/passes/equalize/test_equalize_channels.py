@@ -294,6 +294,17 @@ def test_auto_tries_smoothquant_on_weights_alone(tmp_path: Path) -> None:
     assert "by smoothquant" in rewrite.detail
 
 
+def test_auto_takes_no_scales_that_gain_little(tmp_path: Path) -> None:
+    steps = np.random.default_rng(0).permutation(np.linspace(0, 1.5, WIDTH))
+    held = weights() | {"g": np.exp(steps).astype(np.float32), "b": np.zeros(WIDTH, np.float32)}
+    held["w"] = random_array(WIDTH, 24, seed=2) * np.sqrt(held["g"])[:, None]
+    forced = run_pass(equalize("awq"), planned(build(NORMED, held), "w4a16:sym"), tmp_path)
+    before, after = (float(text) for text in _decibels(forced.rewrites[0].detail))
+    assert 0.1 < after - before < 0.4
+    model = planned(build(NORMED, held), "w4a16:sym")
+    assert "no scales make the outputs" in only_skip(run_pass(equalize(), model, tmp_path)).reason
+
+
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     found = []
     for _ in range(2):

@@ -261,6 +261,34 @@ def test_memory_that_does_not_suffice_halves_the_batch(
     assert len(made[0]) == len(made[1])
 
 
+@pytest.mark.parametrize("logits", [False, True])
+def test_blocks_run_one_by_one_where_one_call_does_not_fit(
+    logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited: list[bool] = []
+    loss = WindowTrainer._loss
+
+    def by_blocks_only(self: WindowTrainer, *arguments: Any) -> torch.Tensor:
+        limited.append(self.parts is None)
+        if self.parts is None:
+            message = "too large at once"
+            raise torch.OutOfMemoryError(message)
+        return loss(self, *arguments)
+
+    how = replace(QUICK, logits=logits, steps=3, batch=1)
+    made = []
+    for limit in (True, False):
+        if limit:
+            monkeypatch.setattr(WindowTrainer, "_loss", by_blocks_only)
+        model = _planned(layers=3)
+        result = run_pass(reconstructing(token_calls(8), how), model, tmp_path)
+        assert any(window.kept for window in windows_of(result))
+        made.append(serialized(model))
+        monkeypatch.undo()
+    assert set(limited) == {True, False}
+    assert made[0] == made[1]
+
+
 def test_one_call_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
