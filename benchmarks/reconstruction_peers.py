@@ -83,6 +83,7 @@ def gptqmodel(
             bits=bits,
             group_size=block,
             sym=False,
+            format="gptq_v2",  # in the older form a zero point of 0 is lost
             device=arguments.device,
             offload_to_disk=False,
         )
@@ -96,9 +97,6 @@ def gptqmodel(
             if hasattr(layer, "dequantize_weight"):
                 with torch.no_grad():
                     values = layer.dequantize_weight()
-                    if layer.qzero_format() == 1:
-                        # Zero points lie in this form less 1, which kernels put back when loaded.
-                        values = values - layer.scales[layer.g_idx.long()].to(values.dtype)
                 found[f"{name}.weight"] = values.T.float().cpu().numpy()
         return found, seconds
 
