@@ -77,8 +77,12 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     targets = tuple(
         tuple(torch.cat(outputs) for outputs in zip(*branch, strict=True)) for branch in branches
     )
-    masks = [each.keep for each in batches if each.keep is not None]
-    keep = torch.cat(masks) if len(masks) == len(batches) else None
+    masks = [each.keep for each in batches]
+    some = next((mask for mask in masks if mask is not None), None)
+    keep = None
+    if some is not None:
+        whole = torch.ones_like(some)
+        keep = torch.cat([whole if mask is None else mask for mask in masks])
     return Batch(stacked([each.feeds for each in batches]), targets, keep, len(batches))
 
 

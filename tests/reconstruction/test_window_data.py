@@ -41,3 +41,19 @@ def test_other_shapes_stay_apart() -> None:
 def test_calls_that_cannot_be_joined_come_one_by_one() -> None:
     batches = _data([4] * 3, joins=False).batches(range(3), 8)
     assert [batch.calls for batch in batches] == [1, 1, 1]
+
+
+def test_where_only_some_calls_are_padded() -> None:
+    padding = torch.tensor([[True, True, False]])
+
+    def feeds(call: int) -> Fed:
+        return {"x": torch.full((1, 3), float(call))}
+
+    def targets(call: int) -> tuple[tuple[Tensor, ...], ...]:
+        return ((torch.zeros(1, 3),),)
+
+    data = WindowData(feeds, targets, lambda call: padding if call == 1 else None, joins=True)
+    mixed, whole = data.batches([0, 1, 2, 3], 2)
+    assert mixed.keep is not None
+    assert mixed.keep.tolist() == [[True, True, True], [True, True, False]]
+    assert whole.keep is None
