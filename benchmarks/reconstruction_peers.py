@@ -27,7 +27,7 @@ from benchmarks.arguments import add_names, add_scoring, benchmark_parser, comma
 from benchmarks.int8_workloads import INT8_WORKLOADS
 from benchmarks.markdown_table import MISSING, made_with, measured_with, table
 from benchmarks.models import smollm2, smollm2_checkpoint
-from benchmarks.results_file import Results
+from benchmarks.results_file import Results, machine
 from benchmarks.runtime import output_sqnr
 
 MODEL: Final = "smollm2_folded"
@@ -71,7 +71,10 @@ def autoround(
 def gptqmodel(
     windows: Windows, bits: int, block: int, arguments: argparse.Namespace
 ) -> tuple[Weights, float]:
-    """Return weights by GPTQModel's GPTQ, and seconds."""
+    """Return weights by GPTQModel's GPTQ, and seconds.
+
+    With two cores or fewer, 7.7.0 loads nothing unless GPTQMODEL_CPU_WORKERS=2 is set.
+    """
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
@@ -87,7 +90,8 @@ def gptqmodel(
             device=arguments.device,
             offload_to_disk=False,
         )
-        peer = GPTQModel.load(folder, config)
+        # Else a float32 model is cast to bfloat16.
+        peer = GPTQModel.load(folder, config, dtype=torch.float32)
         calls = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
         begin = perf_counter()
         peer.quantize(calls, batch_size=1)
@@ -165,6 +169,7 @@ def measure(
         "sqnr_db": sqnr,
         "seconds": seconds,
         "device": arguments.device,
+        "processor": machine()["processor"],
         "calls": len(windows),
         "made_with": {name: version(name) for name in (PACKAGES[peer], "torch", "transformers")},
     }
@@ -181,7 +186,13 @@ def markdown(content: Mapping[str, Any]) -> str:
 
     parts += ["", f"### {MODEL}: perplexity, minutes", ""]
     parts += table({peer: {scheme: cell(peer, scheme) for scheme in SCHEMES} for peer in PEERS})
-    return "\n".join([*parts, "", *made_with(content)]) + "\n"
+    parts += ["", *made_with(content)]
+    parts += [
+        f"- `{arm}`: on {facts['processor']}, device {facts['device']}"
+        for arm, facts in arms.items()
+        if "processor" in facts
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
