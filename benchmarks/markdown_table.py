@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.results_file import processor_of
+
 MISSING = "-"
 
 
@@ -12,12 +14,17 @@ def measured_with(content: Mapping[str, Any]) -> list[str]:
     present = [name for name, found in machine["instruction_sets"].items() if found]
     absent = [name for name, found in machine["instruction_sets"].items() if not found]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    records = content["models"].values()
+    processors = {facts.get("processor") for each in records for facts in each["arms"].values()}
+    others = sorted(processors - {None, processor_of(machine)})
+    elsewhere = ["", f"Some on {' and on '.join(others)}: see each in the JSON file."]
     return [
         f"Measured with {versions}, on {machine['processor']} ({machine['cores']} cores, "
         f"{', '.join(present) or 'no vector extensions'}; without {', '.join(absent)}), 2 threads, "
         "by:",
         "",
         *(f"    {command}" for command in content["commands"]),
+        *(elsewhere if others else []),
     ]
 
 

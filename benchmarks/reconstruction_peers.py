@@ -27,7 +27,7 @@ from benchmarks.arguments import add_names, add_scoring, benchmark_parser, comma
 from benchmarks.int8_workloads import INT8_WORKLOADS
 from benchmarks.markdown_table import MISSING, made_with, measured_with, table
 from benchmarks.models import smollm2, smollm2_checkpoint
-from benchmarks.results_file import Results, machine
+from benchmarks.results_file import Results
 from benchmarks.runtime import output_sqnr
 
 MODEL: Final = "smollm2_folded"
@@ -169,7 +169,6 @@ def measure(
         "sqnr_db": sqnr,
         "seconds": seconds,
         "device": arguments.device,
-        "processor": machine()["processor"],
         "calls": len(windows),
         "made_with": {name: version(name) for name in (PACKAGES[peer], "torch", "transformers")},
     }

@@ -48,6 +48,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def processor_of(found: Mapping[str, Any]) -> str:
+    """Return a machine's processor with the instruction sets that it has."""
+    present = [name for name, has in found["instruction_sets"].items() if has]
+    return f"{found['processor']} ({', '.join(present) or 'no vector extensions'})"
+
+
 class Results:
     """The results file, read if it exists and written after every measurement.
 
@@ -66,10 +72,10 @@ class Results:
         self.content: dict[str, Any] = {"commands": [], "models": {}}
         if self.path.exists():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
-        self.content["machine"] = machine()
+        self.content.setdefault("machine", machine())
         self.content["versions"] = versions()
         text = " ".join(_without_places(command))
-        if text not in self.content["commands"]:
+        if text and text not in self.content["commands"]:
             self.content["commands"].append(text)
 
     @property
@@ -89,9 +95,21 @@ class Results:
         return record
 
     def put(self, model: str, arm: str, facts: dict[str, Any]) -> None:
-        """Record an arm and write the file."""
-        self.model(model)["arms"][arm] = facts
+        """Record an arm with the processor it was measured on, and write the file."""
+        self.model(model)["arms"][arm] = {**facts, "processor": processor_of(machine())}
         self.write()
+
+    def take_over(self, other: Mapping[str, Any]) -> None:
+        """Take arms and commands from another file's content; what is there of both is replaced."""
+        processor = processor_of(other["machine"])
+        for name, record in other["models"].items():
+            own = self.model(name)
+            own["float"] = own["float"] or record["float"]
+            own["arms"] |= {
+                arm: {"processor": processor, **facts} for arm, facts in record["arms"].items()
+            }
+        commands = self.content["commands"]
+        commands += [command for command in other["commands"] if command not in commands]
 
     def write(self) -> None:
         """Write the file; a killed run leaves the last whole one."""
