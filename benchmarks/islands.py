@@ -7,10 +7,10 @@
 
 Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme
 alone: values, indices and padding of islands, counted. SmolLM2's output layer stays in float, and
-the embedding that it is tied to. `task` arms are conditioned on BoolQ
-questions with their answers, and scored on others of them; all arms round on the same calls. Each
-seed takes another half of the calls. What calibrates is not scored. Results go to
-benchmarks/results/islands.json, the tables to islands.md.
+the embedding that it is tied to. `task` arms are conditioned on BoolQ questions with their answers,
+and scored on others of them; all arms round on the same calls. Each seed takes another half of the
+calls. What calibrates is not scored. Results go to benchmarks/results/islands.json, the tables to
+islands.md.
 """
 
 import argparse

@@ -6,7 +6,6 @@ The file's own record of machine and versions stays, or is that of the first one
 file yet; every arm that is taken over names the processor it was measured on.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def merge(name: str, files: Sequence[Path], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    parser: argparse.ArgumentParser = benchmark_parser(__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--folder", type=Path, default=FOLDER)
