@@ -9,8 +9,8 @@ Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more t
 alone: values, indices and padding of islands, counted. SmolLM2's output layer stays in float, and
 the embedding that it is tied to. `task` arms are conditioned on BoolQ questions with their answers,
 and scored on others of them; all arms round on the same calls. Each seed takes another half of the
-calls. What calibrates is not scored. Results go to benchmarks/results/islands.json, the tables to
-islands.md.
+calls. What calibrates is not scored. MiniLM's embeddings stay in float too. Results go to
+benchmarks/results/islands.json, the tables to islands.md.
 """
 
 import argparse
@@ -51,6 +51,8 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 SCHEMES: Final = tuple(dict.fromkeys(scheme for some in MODELS.values() for scheme in some))
 WITH_TASK: Final = ("smollm2_folded",)
+TABLES: Final[Mapping[str, tuple[str, ...]]] = {"minilm": ("node_embedding*",)}
+"""Lookups that stay in float, so that bits per weight are those of products."""
 _EXAMPLES: Final = 64
 """Questions that a task is made of; as many others are scored."""
 
@@ -85,6 +87,7 @@ ARMS: Final[Mapping[str, Arm]] = {
         if measure is not Saliency.TACQ
     },
     **{f"column {m.value}": Arm(IslandKind.COLUMN, m) for m in (Saliency.QAL, Saliency.RANDOM)},
+    "block slim": Arm(IslandKind.BLOCK, Saliency.SLIM),
     **{f"{kind.value} tacq, task": Arm(kind, task=True) for kind in IslandKind},
 }
 
@@ -108,7 +111,8 @@ class Setting:
     @classmethod
     def make(cls, workload: Int8Workload, calls: Path, task: Path | None, device: str) -> Self:
         """Return it for a workload."""
-        return cls(workload.task.same_nodes_exclude or (), calls, task, device)
+        exclude = (*(workload.task.same_nodes_exclude or ()), *TABLES.get(workload.name, ()))
+        return cls(exclude, calls, task, device)
 
 
 def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileOptions:

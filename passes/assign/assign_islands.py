@@ -25,7 +25,7 @@ from qcompiler.targets.capability import Target
 
 if TYPE_CHECKING:
     from qcompiler.passes.assign.island_plans import Planner
-    from qcompiler.reconstruction.island_scores import Scoring
+    from qcompiler.reconstruction.island_scores import Floats, Scoring
     from qcompiler.reconstruction.starting_point import StartingPoint
 
 
@@ -68,9 +68,9 @@ class AssignIslands(Pass):
     Refuses: weights that several ops read, lookup tables, ops in bodies of others, ops on
         quantized data; for parts of weights also what `ir.side_paths` cannot split.
 
-    What a weight is worth is `|W| |dL/dW| |Q(W) - W|` of the task's loss L, Q(W) being what GPTQ
-    makes of it on a clone with the same scheme and samples (TaCQ, arXiv 2504.07389). One budget
-    holds for the model, whatever weight an island lies in. Islands are single weights, input
+    What a weight is worth by default is `|W| |dL/dW| |Q(W) - W|` of the task's loss L, Q(W) being
+    what GPTQ makes of it on a clone with the same scheme and samples (TaCQ, arXiv 2504.07389). One
+    budget holds for the model, whatever weight an island lies in. Islands are single weights, input
     channels, input channels by the block (both parts quantized, the second at more bits), or whole
     weights, whose schemes change and whose graph does not. Those of the published method are
     single weights; the others are ours. What follows rounds the rest: the masked form of GPTQ
@@ -160,11 +160,11 @@ class AssignIslands(Pass):
         options, folder = self.options, inner.store.directory
         scoring = self._scoring()
         with TensorFiles(folder) as gradients, TensorFiles(folder) as scores:
-            start = self._quantized(model, inner, rounded=scoring.needs_codes)
+            start, of_channels = self._quantized(model, inner, rounded=scoring.needs_rounding)
             known = {weight.name: weight for weight in start.weights}
             weights = {name: known[name] for name in subjects.names}
             scored = ScoredWeights(scoring, gradients, scores)
-            scored.compute(start, list(weights.values()), inner.progress)
+            scored.compute(start, list(weights.values()), of_channels, inner.progress)
             yield Planner(
                 options.request, subjects, options.target, scored, weights, options.range_method
             )
@@ -181,17 +181,19 @@ class AssignIslands(Pass):
 
     def _quantized(
         self, model: ir.Model, context: PassContext, *, rounded: bool
-    ) -> "StartingPoint":
-        """Return a clone as it would be without islands."""
+    ) -> tuple["StartingPoint", dict[str, "Floats"]]:
+        """Return a clone as it would be without islands, and what errors of channels cost there."""
         from qcompiler.reconstruction.rounding import RoundingRun, round_model
         from qcompiler.reconstruction.starting_point import quantize_to_start
 
         options = self.options
         start = quantize_to_start(model.clone(), options.insert, context)
-        if rounded:
-            run = RoundingRun(device=options.device, memory=options.memory_budget // 4)
-            round_model(start, options.samples, run, context.store, context.progress)
-        return start
+        if not rounded:
+            return start, {}
+        run = RoundingRun(device=options.device, memory=options.memory_budget // 4)
+        found = round_model(start, options.samples, run, context.store, context.progress)
+        known = {each.weight.name: each.importance for each in found}
+        return start, {name: each for name, each in known.items() if each is not None}
 
 
 @contextmanager

@@ -251,5 +251,5 @@ class Planner:
         kind = np.dtype(site.tensor.dtype.numpy())
         coded = quantize_tensor(values, spec, self.range_method, kind)
         restored = dequantize(coded.codes, coded.scale, coded.zero_point, spec.granularity)
-        error = np.abs(restored.astype(np.float32) - values.astype(np.float32))
-        return float(np.sum(importance * error, dtype=np.float64))
+        error = restored.astype(np.float32) - values.astype(np.float32)
+        return self.scored.damage(importance, error)

@@ -1,7 +1,7 @@
 """Options of the commands that choose islands."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from qcompiler.quant.islands import IslandRequest
 
 
+_MEASURES: Final = (
+    *("tacq", "qal", "msg", "gradient", "magnitude", "spqr", "slim", "random"),
+    "none",
+)
+
+
 def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which parts of weights keep more bits, and for what task."""
     decorators: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option(
             "--islands",
-            type=click.Choice(["tacq", "qal", "msg", "gradient", "magnitude", "random", "none"]),
+            type=click.Choice(_MEASURES),
             help="Keep more bits of what a task depends on, chosen by this; takes samples and "
             "PyTorch.  [default: the recipe's]",
         ),

@@ -33,7 +33,11 @@ class IslandKind(StrEnum):
 
 
 class Saliency(StrEnum):
-    """By what weights are chosen: `W` the weight, `G` its gradient, `Q` what it is rounded to."""
+    """By what weights are chosen.
+
+    `W` is the weight, `G` its gradient, `Q` what it is rounded to, and `U` the factor of the
+    inverse Hessian of its op's squared output error, `H^-1 = U^T U`.
+    """
 
     TACQ = "tacq"
     """`|W| |G| |Q - W|` (arXiv 2504.07389)."""
@@ -45,18 +49,27 @@ class Saliency(StrEnum):
     """`|G|`."""
     MAGNITUDE = "magnitude"
     """`|W|`."""
+    SPQR = "spqr"
+    """`(Q - W)^2 / U_jj^2`, as SpQR chooses outliers (arXiv 2306.03078, section 3)."""
+    SLIM = "slim"
+    """`W^2 / U_jj^2`, as SliM-LLM chooses groups for more bits (arXiv 2405.14917, section 3.2)."""
     RANDOM = "random"
     """Nothing: what any choice must beat."""
 
     @property
     def needs_gradient(self) -> bool:
         """Whether a loss must be differentiated."""
-        return self not in (Saliency.MAGNITUDE, Saliency.RANDOM)
+        return self in (Saliency.TACQ, Saliency.QAL, Saliency.MSG, Saliency.GRADIENT)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether second moments of what ops multiply are needed; errors count squared then."""
+        return self in (Saliency.SPQR, Saliency.SLIM)
 
     @property
     def needs_codes(self) -> bool:
-        """Whether the weights must have been quantized first."""
-        return self in (Saliency.TACQ, Saliency.QAL)
+        """Whether scores depend on what weights are rounded to."""
+        return self in (Saliency.TACQ, Saliency.QAL, Saliency.SPQR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +158,7 @@ def quantized_bits(shape: tuple[int, ...], spec: QSpec, float_bits: int, *, stor
 def saliency_scores(
     measure: Saliency,
     weight: Scores,
-    gradient: Scores | None,
+    slope: Scores | None,
     rounded: Scores | None,
     seed: int,
 ) -> Scores:
@@ -154,26 +167,34 @@ def saliency_scores(
     Args:
         measure: By what.
         weight: The weight.
-        gradient: Sum over samples of the absolute gradient; None where it is not asked for.
+        slope: What an error of each element costs: the sum over samples of the absolute gradient,
+            or `1 / U_jj^2` where the measure is of the Hessian; None where neither is asked for.
         rounded: What the weight's codes stand for; None where it is not asked for.
         seed: Of the random measure.
     """
-    found = importance(measure, weight, gradient, seed)
+    found = importance(measure, weight, slope, seed)
+    if measure is Saliency.SLIM:
+        return found * np.square(weight)
     if measure.needs_codes:
         assert rounded is not None
-        found *= np.abs(rounded - weight)
+        found *= error_cost(measure, rounded - weight)
     return found
 
 
-def importance(measure: Saliency, weight: Scores, gradient: Scores | None, seed: int) -> Scores:
-    """Return what of a measure does not depend on codes; arguments are those of the whole."""
+def importance(measure: Saliency, weight: Scores, slope: Scores | None, seed: int) -> Scores:
+    """Return what the error of each element counts, whatever it is; arguments as of the scores."""
     if measure is Saliency.RANDOM:
         return np.random.default_rng(seed).random(weight.shape, np.float32)
     found = np.abs(weight) if measure in _OF_WEIGHT else np.ones_like(weight)
-    if measure.needs_gradient:
-        assert gradient is not None
-        found *= np.abs(gradient)
+    if measure.needs_gradient or measure.needs_hessian:
+        assert slope is not None
+        found *= np.abs(slope)
     return found
+
+
+def error_cost(measure: Saliency, error: Scores) -> Scores:
+    """Return errors as a measure counts them: squared beside a Hessian, else their size."""
+    return np.square(error) if measure.needs_hessian else np.abs(error)
 
 
 _OF_WEIGHT = (Saliency.TACQ, Saliency.MSG, Saliency.MAGNITUDE)

@@ -1,6 +1,6 @@
 """Scores of weights that could have islands, from gradients and from what codes stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,7 +12,7 @@ from qcompiler.calibration.task_calls import Task, TaskKind
 from qcompiler.ir.weights import read_all
 from qcompiler.progress import Progress
 from qcompiler.quant.arithmetic import code_dtype, dequantize
-from qcompiler.quant.islands import Saliency, importance, saliency_scores
+from qcompiler.quant.islands import Saliency, error_cost, importance, saliency_scores
 from qcompiler.reconstruction.gradients import GradientRun, Leaf, sum_gradients
 from qcompiler.reconstruction.kept_gradients import KeptGradients
 from qcompiler.reconstruction.starting_point import CodedWeight, StartingPoint
@@ -50,9 +50,9 @@ class Scoring:
         return needed and self.task is not None and self.task.kind is TaskKind.OUTPUTS
 
     @property
-    def needs_codes(self) -> bool:
-        """Whether codes must be those that the weights will have."""
-        return self.measure.needs_codes or self.at_codes
+    def needs_rounding(self) -> bool:
+        """Whether weights must be rounded first: for their codes, or for their Hessians."""
+        return self.measure.needs_codes or self.measure.needs_hessian or self.at_codes
 
 
 class ScoredWeights:
@@ -67,31 +67,38 @@ class ScoredWeights:
         """Start without scores; the files are the caller's to open and close."""
         self._scoring = scoring
         self._gradients = gradients
+        self._of_channels: Mapping[str, Floats] = {}
         self.scores = scores
         self.loss: float | None = None
 
     def compute(
-        self, start: StartingPoint, weights: Sequence[CodedWeight], progress: Progress
+        self,
+        start: StartingPoint,
+        weights: Sequence[CodedWeight],
+        of_channels: Mapping[str, Floats],
+        progress: Progress,
     ) -> None:
         """Score weights of a Q/DQ graph.
 
         Args:
             start: The graph, with the codes that scores are to be of.
             weights: Some of its weights, each read in one block of the main graph.
+            of_channels: By weight, what the squared error of an input channel costs, float32
+                `[groups, K]`; weights that no sample reaches are not there.
             progress: Where it is shown.
 
         Raises:
             ModelError: The loss has no gradient.
             UsageError: The device cannot be used, or the disk is full.
         """
-        scoring = self._scoring
+        scoring, self._of_channels = self._scoring, of_channels
         if scoring.measure.needs_gradient:
             self.loss = self._sum_gradients(start, weights, progress)
         for at, weight in enumerate(weights):
-            values, gradient = float_weight(weight), self._gradient(weight)
+            values, slope = float_weight(weight), self._slope(weight)
             rounded = coded_values(weight) if scoring.measure.needs_codes else None
             seed = scoring.seed + at
-            found = saliency_scores(scoring.measure, values, gradient, rounded, seed)
+            found = saliency_scores(scoring.measure, values, slope, rounded, seed)
             self.scores.put(weight.name, found)
 
     def _sum_gradients(
@@ -123,12 +130,23 @@ class ScoredWeights:
         return importance(
             self._scoring.measure,
             float_weight(weight),
-            self._gradient(weight),
+            self._slope(weight),
             self._scoring.seed + at,
         )
 
-    def _gradient(self, weight: CodedWeight) -> Floats | None:
-        return self._gradients.get(weight.name) if weight.name in self._gradients else None
+    def damage(self, importance: Floats, error: Floats) -> float:
+        """Return what the errors of a weight cost, each element counting as much as that."""
+        return float(np.sum(importance * error_cost(self._scoring.measure, error), dtype=float))
+
+    def _slope(self, weight: CodedWeight) -> Floats | None:
+        """Return what an error of each element costs, None where the measure does not ask."""
+        if not self._scoring.measure.needs_hessian:
+            return self._gradients.get(weight.name) if weight.name in self._gradients else None
+        rows = weight.rows
+        found = self._of_channels.get(weight.name)
+        if found is None:
+            return np.zeros(rows.shape, np.float32)
+        return rows.restored(np.repeat(found, rows.count // rows.groups, axis=0))
 
 
 def leaves_of(

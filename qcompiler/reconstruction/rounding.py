@@ -68,6 +68,8 @@ class Outcome:
         damping: What the Hessian was damped with.
         kept: float32, what is left at the elements of the weight's mask, in order; None without
             one, and where the weight was refused.
+        importance: float32 `[groups, K]`, what the squared rounding error of an input channel
+            costs once it was made up for (`compensation.importance`); None where it was refused.
     """
 
     weight: CodedWeight
@@ -77,6 +79,7 @@ class Outcome:
     changed: int = 0
     damping: float = 0.0
     kept: Array | None = None
+    importance: Array | None = None
 
 
 def round_model(
@@ -235,7 +238,16 @@ class _ModelRounder:
         before = sqnr_db(rounded.signal, rounded.error_before)
         after = sqnr_db(rounded.signal, rounded.error_after)
         reason = "" if rounded.changed else f"no other codes leave more than {before:.1f} dB"
-        return Outcome(weight, reason, before, after, rounded.changed, rounded.damping, kept)
+        return Outcome(
+            weight,
+            reason,
+            before,
+            after,
+            rounded.changed,
+            rounded.damping,
+            kept,
+            rounded.importance,
+        )
 
     def _stand_in(self, weight: CodedWeight, values: Array) -> None:
         mask = self._masks.get(weight.name)

@@ -71,6 +71,8 @@ class Rounded:
         squared_signal: Sum of squares of the weight.
         changed: Rows that have new codes; the others keep theirs, which were better.
         damping: What the Hessian was damped with.
+        importance: float32 `[groups, K]`, what the squared rounding error of an input channel
+            costs once it was made up for.
     """
 
     codes: Array
@@ -84,6 +86,7 @@ class Rounded:
     squared_signal: float
     changed: int
     damping: float
+    importance: Array
 
 
 class SharedHessian:
@@ -140,7 +143,8 @@ def round_weight(
     totals = np.zeros(4)
     for start in range(0, weight.rows.count, step):
         totals += rounding.round(work.part(slice(start, start + step)))
-    return work.result(weight, totals, factor.damping)
+    counts: Array = importance(factor, order).cpu().numpy()
+    return work.result(weight, totals, factor.damping, counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,7 +186,9 @@ class _Rows:
         parts = (self.codes[rows], self.scale[rows], self.zero[rows], self.values[rows])
         return _Rows(self.weight[rows], kept, *parts)
 
-    def result(self, weight: CodedWeight, totals: npt.NDArray[Any], damping: float) -> Rounded:
+    def result(
+        self, weight: CodedWeight, totals: npt.NDArray[Any], damping: float, counts: Array
+    ) -> Rounded:
         """Put everything back into the weight's shape."""
         rows, scale_type = weight.rows, weight.tensor.dtype.numpy()
         code_type = np.int8 if weight.spec.qtype.signed else np.uint8
@@ -203,6 +209,7 @@ class _Rows:
             float(np.square(self.weight, dtype=np.float64).sum()),
             int(totals[3]),
             damping,
+            counts,
         )
 
 

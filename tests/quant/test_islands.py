@@ -30,6 +30,8 @@ _Q = np.array([[-1.5, 3.25]], np.float32)
         (Saliency.MSG, [10, 21]),
         (Saliency.GRADIENT, [5, 7]),
         (Saliency.MAGNITUDE, [2, 3]),
+        (Saliency.SPQR, [5 * 0.25, 7 * 0.0625]),
+        (Saliency.SLIM, [5 * 4, 7 * 9]),
     ],
 )
 def test_measures_are_their_formulas(measure: Saliency, expected: list[float]) -> None:

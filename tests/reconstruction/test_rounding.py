@@ -153,6 +153,15 @@ def test_a_start_remembers_the_float_graph(tmp_path: Path) -> None:
     assert {node.name: level for node, level in start.levels.items()} == {"up": 0, "down": 0}
 
 
+def test_what_errors_of_channels_cost_is_of_the_damped_hessian(tmp_path: Path) -> None:
+    found = _round(_start(tmp_path, "w4a16:b16:asym"), tmp_path)["w"].importance
+    hessian = 2 * _DATA.T.astype(np.float64) @ _DATA
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(32)
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    assert found is not None
+    np.testing.assert_allclose(found, 1 / np.diag(upper)[None] ** 2, rtol=1e-4)
+
+
 def test_levels_follow_the_way_through_a_block(tmp_path: Path) -> None:
     text = """g (float[N, 8] x) => (float[N, 8] z) {
         [q] a = MatMul(x, w0)

@@ -146,6 +146,29 @@ def test_the_whole_measure_beats_its_parts_and_chance(tmp_path: Path) -> None:
     assert damage[Saliency.TACQ] < 0.5 * none
 
 
+@pytest.mark.parametrize("measure", [Saliency.SPQR, Saliency.SLIM])
+def test_hessians_choose_channels_that_the_data_uses(measure: Saliency, tmp_path: Path) -> None:
+    """No gradient is taken; of the first weight only half of the input channels see large data."""
+    setting = Setting(saliency=measure, kind=IslandKind.COLUMN).fraction(0.2)
+    model, _ = setting.assigned(tmp_path)
+    x = model.graph.inputs[0]
+    (first,) = [node for node, _ in x.uses() if node.op_type == "Gather"]
+    channels = first.inputs[1]
+    assert channels is not None
+    chosen = initializer(model, channels.name or "")
+    assert len(chosen) >= 8
+    assert (chosen < HALF).all()
+    found = islands_report(model)
+    assert found is not None
+    assert (found.saliency, found.loss) == (measure.value, None)
+
+
+@pytest.mark.parametrize("measure", [Saliency.SPQR, Saliency.SLIM])
+def test_hessians_give_whole_weights_their_bits(measure: Saliency, tmp_path: Path) -> None:
+    setting = Setting(saliency=measure, kind=IslandKind.NODE, budget=IslandBudget(average_bits=5))
+    assert _damage(setting, tmp_path) < 0.7 * _damage(Setting(), tmp_path)
+
+
 # Acceptance check 13.
 
 
