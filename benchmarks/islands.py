@@ -7,9 +7,10 @@
 
 Every arm but `gptq` and its smaller blocks has `--extra` bits per weight more than the scheme
 alone: values, indices and padding of islands, counted. SmolLM2's output layer stays in float, and
-the embedding that it is tied to. `task` arms are conditioned on BoolQ questions with their answers,
-and scored on others of them; all arms round on the same calls. Each seed takes another half of the
-calls. What calibrates is not scored. MiniLM's embeddings stay in float too. Results go to
+the embedding that it is tied to; so do MiniLM's embeddings. `task` arms are conditioned on
+questions of CommonsenseQA with their answers, and scored on others of them; all arms round on the
+same calls. Each seed takes another half of the calls. What calibrates is not scored. With a
+`--device` other than the CPU PyTorch scores there, else ONNX Runtime. Results go to
 benchmarks/results/islands.json, the tables to islands.md.
 """
 
@@ -29,9 +30,10 @@ from benchmarks.arguments import add_names, add_scoring, benchmark_parser, comma
 from benchmarks.int8_workloads import INT8_WORKLOADS, Int8Workload, write_calls
 from benchmarks.latency import latency_ratio
 from benchmarks.markdown_table import MISSING, measured_with, table
-from benchmarks.models.smollm2_task import score_answers, write_answers
+from benchmarks.models.smollm2_task import score_task, write_task
 from benchmarks.results_file import Results
-from benchmarks.runtime import Feeds, output_sqnr
+from benchmarks.runtime import Feeds, ModelSource, open_session, output_sqnr
+from benchmarks.torch_session import source_on
 from qcompiler import CompileOptions, compile_model
 from qcompiler.calibration.calls import SampleOptions
 from qcompiler.island_map import map_islands
@@ -53,8 +55,10 @@ SCHEMES: Final = tuple(dict.fromkeys(scheme for some in MODELS.values() for sche
 WITH_TASK: Final = ("smollm2_folded",)
 TABLES: Final[Mapping[str, tuple[str, ...]]] = {"minilm": ("node_embedding*",)}
 """Lookups that stay in float, so that bits per weight are those of products."""
-_EXAMPLES: Final = 64
-"""Questions that a task is made of; as many others are scored."""
+_CONDITIONED: Final = ("commonsense_qa", 128)
+"""The task of `task` arms, and of how many questions it is made."""
+_SCORED: Final = {"commonsense_qa": 256, "siqa": 256, "spider": 64}
+"""Questions that are scored: others than a task is made of."""
 
 Facts = dict[str, Any]
 
@@ -97,12 +101,14 @@ class Setting:
     """What arms of a model and a seed have in common.
 
     Attributes:
+        source: The float model.
         exclude: What stays in float.
         calls: Folder of calls.
         task: Questions and answers, if the model has a task.
         device: Where PyTorch computes.
     """
 
+    source: Path
     exclude: tuple[str, ...]
     calls: Path
     task: Path | None
@@ -112,7 +118,7 @@ class Setting:
     def make(cls, workload: Int8Workload, calls: Path, task: Path | None, device: str) -> Self:
         """Return it for a workload."""
         exclude = (*(workload.task.same_nodes_exclude or ()), *TABLES.get(workload.name, ()))
-        return cls(exclude, calls, task, device)
+        return cls(workload.task.build(), exclude, calls, task, device)
 
 
 def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileOptions:
@@ -142,12 +148,12 @@ def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileO
     )
 
 
-def base_bits(source: Path, scheme: str, setting: Setting) -> float:
+def base_bits(scheme: str, setting: Setting) -> float:
     """Return the bits per weight of a scheme alone."""
     request = IslandRequest(Saliency.RANDOM, IslandBudget(fraction=1e-9))
     calibration = CalibrationOptions(str(setting.calls))
     found = map_islands(
-        source,
+        setting.source,
         CompileOptions(
             scheme=scheme,
             exclude=setting.exclude,
@@ -159,22 +165,29 @@ def base_bits(source: Path, scheme: str, setting: Setting) -> float:
     return found.average_bits_without
 
 
-def measure(
-    source: Path, workload: Int8Workload, options: CompileOptions, limit: int, task: Path | None
-) -> Facts:
+def score(source: ModelSource, workload: Int8Workload, limit: int) -> Facts:
+    """Score a model on held-out data, and on its tasks if it has any."""
+    facts: Facts = {"score": workload.task.evaluate(source, limit)[workload.task.metric]}
+    if workload.name in WITH_TASK:
+        session = open_session(source)
+        for name, count in _SCORED.items():
+            found = score_task(session, name, count)
+            facts |= {f"{name} {what}": number for what, number in found.items()}
+    return facts
+
+
+def measure(workload: Int8Workload, options: CompileOptions, limit: int, setting: Setting) -> Facts:
     """Compile one arm and score it."""
+    source = setting.source
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.onnx"
         begin = perf_counter()
         result = compile_model(source, options, output=output)
         facts: Facts = {"seconds": perf_counter() - begin}
-        score = workload.task.evaluate(output, limit)
-        facts |= {
-            "score": score[workload.task.metric],
-            "sqnr_db": output_sqnr(source, output, workload.feeds()),
-        }
-        if task is not None:
-            facts |= score_answers(output, _EXAMPLES)
+        compiled = source_on(output, setting.device)
+        facts |= score(compiled, workload, limit)
+        reference = source_on(source, setting.device)
+        facts["sqnr_db"] = output_sqnr(reference, compiled, workload.feeds())
     report = result.report
     passes = {record.name: record for record in report.passes}
     choosing = passes.get(AssignIslands.name)
@@ -204,14 +217,12 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
     """Measure all arms of one model that are asked for."""
     workload = INT8_WORKLOADS[name]
     limit = workload.task.quick if arguments.quick else workload.task.full
-    source = workload.task.build()
     record = results.model(name)
     if not (arguments.resume and record["float"]):
-        record["float"] = {"score": workload.task.evaluate(source, limit)[workload.task.metric]}
+        source = source_on(workload.task.build(), arguments.device)
+        record["float"] = score(source, workload, limit)
     with tempfile.TemporaryDirectory() as folder:
-        task = write_answers(Path(folder), _EXAMPLES) if name in WITH_TASK else None
-        if task is not None and "margin" not in record["float"]:
-            record["float"] |= score_answers(source, _EXAMPLES)
+        task = write_task(Path(folder), *_CONDITIONED) if name in WITH_TASK else None
         print(f"{name} float: {record['float']}", flush=True)
         for seed in range(arguments.seeds):
             calls = Path(folder) / f"calls{seed}"
@@ -220,14 +231,14 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
             write_calls(calls, some_calls(workload, seed, arguments.calls))
             setting = Setting.make(workload, calls, task, arguments.device)
             for scheme in [each for each in MODELS[name] if each in arguments.schemes]:
-                base = base_bits(source, scheme, setting)
+                base = base_bits(scheme, setting)
                 for label, extra in _cells(arguments):
                     key = f"{scheme} {label}{f' +{extra:g}' if extra else ''} seed {seed}"
                     arm = ARMS[label]
                     if (arm.task and task is None) or (arguments.resume and results.arm(name, key)):
                         continue
                     options = options_of(scheme, arm, base + extra, setting)
-                    facts = measure(source, workload, options, limit, task)
+                    facts = measure(workload, options, limit, setting)
                     results.put(name, key, facts)
                     print(f"{name} {key}: {json.dumps(facts)}", flush=True)
     results.markdown.write_text(markdown(results.content), encoding="utf-8")
@@ -245,7 +256,6 @@ def _cells(arguments: argparse.Namespace) -> list[tuple[str, float]]:
 def measure_latency(name: str, arguments: argparse.Namespace, results: Results) -> None:
     """Time every kind of island next to uniform 2, 3 and 4 bits and float, one after the other."""
     workload = INT8_WORKLOADS[name]
-    source = workload.task.build()
     with tempfile.TemporaryDirectory() as folder:
         calls = Path(folder) / "calls"
         calls.mkdir()
@@ -253,7 +263,7 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
         write_calls(calls, some_calls(workload, 0, 2))
         block = 64
         setting = Setting.make(workload, calls, None, arguments.device)
-        base = base_bits(source, f"w2a16:b{block}", setting)
+        base, source = base_bits(f"w2a16:b{block}", setting), setting.source
         arms = {f"uniform {bits}": (f"w{bits}a16:b{block}", Arm(), 0.0) for bits in (2, 3, 4)}
         for kind in IslandKind:
             for extra in arguments.extra:
@@ -303,7 +313,8 @@ def _rows(arms: Mapping[str, Facts], prefix: str) -> dict[str, dict[str, str]]:
         if key.startswith(prefix):
             label = key.removeprefix(prefix).rpartition(" seed ")[0]
             groups.setdefault(label, []).append(facts)
-    columns = ("bits", "stored_bits", "score", "sqnr_db", "accuracy", "margin", "share", "seconds")
+    tasks = [f"{task} {what}" for task in _SCORED for what in ("accuracy", "margin")]
+    columns = ("bits", "stored_bits", "score", "sqnr_db", *tasks, "share", "seconds")
     return {
         label: {column: _middle(found, column) for column in columns}
         for label, found in groups.items()

@@ -7,8 +7,9 @@
 `cbq W/O` has windows of W layers that share O; the arms after them are `cbq 2/1` with one thing
 other. What calibrates is not scored. SmolLM2's output layer, and with it the embedding that it is
 tied to, stays in float, as it does in publications and with other tools. Latency is not measured,
-channels are not equalized and nothing falls back. Each arm is scored as ONNX Runtime runs it.
-Results go to benchmarks/results/reconstruction.json, the tables to reconstruction.md.
+channels are not equalized and nothing falls back. Each arm is scored as ONNX Runtime runs it; with
+`--device`, where nothing but weights is quantized, as PyTorch runs it there. Results go to
+benchmarks/results/reconstruction.json, the tables to reconstruction.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks.markdown_table import MISSING, measured_with, table
 from benchmarks.models import smollm2
 from benchmarks.results_file import Results
 from benchmarks.runtime import Feeds, output_sqnr, session_factory
+from benchmarks.torch_session import source_on
 from qcompiler import CompileOptions, compile_model
 from qcompiler.options import CalibrationOptions, EqualizationOptions, Reconstruction
 from qcompiler.quant.ranges import RangeMethod
@@ -52,6 +54,8 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = {
 EMULATED: Final = ("w4a8", "w4a4", "w3a4", "w2a8")
 """Schemes that nothing here multiplies: computed in float between real roundings."""
 SCHEMES: Final = tuple(dict.fromkeys(scheme for some in MODELS.values() for scheme in some))
+
+WEIGHTS_ALONE: Final = tuple(scheme for scheme in SCHEMES if "a16" in scheme)
 
 Facts = dict[str, Any]
 
@@ -96,6 +100,7 @@ ARMS: Final[Mapping[str, Arm]] = {
     "logits": _cbq(logits=True),
     "smallest blocks": _cbq(layers=False),
     "bfloat16": _cbq(compute=Compute.BFLOAT16),
+    "288 steps": _cbq(steps=PRESETS[Preset.BEST].steps),
 }
 
 
@@ -138,10 +143,14 @@ def measure(source: Path, workload: Int8Workload, scheme: str, arm: Arm, common:
         begin = perf_counter()
         report = compile_model(source, options, output=output).report
         seconds = perf_counter() - begin
-        # Integer kernels have no 4-bit activations, but are put in for them.
-        compiled = session_factory(output, optimized=scheme not in EMULATED)
+        if scheme in WEIGHTS_ALONE:
+            reference, compiled = (source_on(path, common.device) for path in (source, output))
+        else:
+            # Integer kernels have no 4-bit activations, but are put in for them.
+            reference = source
+            compiled = session_factory(output, optimized=scheme not in EMULATED)
         score = workload.task.evaluate(compiled, common.limit)
-        sqnr = output_sqnr(source, compiled, workload.feeds())
+        sqnr = output_sqnr(reference, compiled, workload.feeds())
     windows = report.windows
     return {
         "score": score[workload.task.metric],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,23 @@ Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 _ERRORS_ONLY = 3
 
-SessionFactory = Callable[[], ort.InferenceSession]
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class Session(Protocol):
+    """What benchmarks need of something that runs a model."""
+
+    def get_outputs(self) -> Sequence[_Named]:
+        """Return the outputs, in order."""
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+        """Run once; return some outputs, or all of them in order."""
+
+
+SessionFactory = Callable[[], Session]
 ModelSource = Path | SessionFactory
 
 
@@ -47,12 +63,12 @@ def session_factory(
     return open_session
 
 
-def open_session(source: ModelSource) -> ort.InferenceSession:
+def open_session(source: ModelSource) -> Session:
     """Open a model given as a path (optimized, one thread) or as a function that opens it."""
     return session_factory(source)() if isinstance(source, Path) else source()
 
 
-def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
+def run(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Run once and return the outputs by name."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
