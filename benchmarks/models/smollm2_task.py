@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `commonsense_qa` | CommonsenseQA, validation | 5 | everyday knowledge |
 | `siqa` | SIQA, test | 3 | what people do and feel, after a sentence or two |
-| `spider` | Spider | 4 | a question's query, among queries over the same tables; not to learn on |
+| `spider` | Spider | 4 | a question's query, among queries of other tables; not to learn on |
 """
 
 import json
@@ -119,18 +119,15 @@ def _lettered(prompt: str, row: Mapping[str, str]) -> Iterator[Question]:
 def _spider(cache_dir: Path | None) -> Iterator[Question]:
     path = package_file(BIGBENCH, "semantic_parsing_spider.json", cache_dir)
     examples: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["examples"]
-    queries: dict[str, dict[str, None]] = {}
-    for each in examples:
-        queries.setdefault(_tables(each), {})[each["target"][0]] = None
     generator = np.random.default_rng(0)
     for each in examples:
-        others = [query for query in queries[_tables(each)] if query not in each["target"]]
-        if len(others) < _QUERIES - 1 or len(each["input"]) > _LONGEST_TABLES:
-            continue
-        picked = [others[at] for at in generator.permutation(len(others))[: _QUERIES - 1]]
+        others = [other for other in examples if _tables(other) != _tables(each)]
+        picked = [others[at]["target"][0] for at in generator.permutation(len(others))]
+        picked = picked[: _QUERIES - 1]
         answer = int(generator.integers(_QUERIES))
         picked.insert(answer, each["target"][0])
-        yield Question(f"{each['input']}\nSQL:", tuple(f" {query}" for query in picked), answer)
+        if len(each["input"]) <= _LONGEST_TABLES:
+            yield Question(f"{each['input']}\nSQL:", tuple(f" {query}" for query in picked), answer)
 
 
 def _tables(example: Mapping[str, str]) -> str:
