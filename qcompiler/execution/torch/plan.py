@@ -186,7 +186,9 @@ class Plan:
         self, step: Step, frame: list[Value], weights: Callable[[ir.Value], Value]
     ) -> None:
         arguments = [frame[slot] for slot in step.inputs]
-        if step.moves is None:
+        places = [getattr(each, "is_cpu", None) for each in arguments]
+        if places != step.places:
+            step.places = places
             step.moves = _moves(arguments, step.host, self._machine.device)
         for position, device in step.moves:
             tensor = arguments[position]

@@ -28,8 +28,9 @@ class Step:
         weights: Slots among `inputs` that are constants.
         bodies: Plans of its bodies by attribute name, with the outer slots they capture.
         host: Positions of inputs that stay on the CPU.
-        moves: Positions of inputs that another device needs, with that device; None until the
-            step first ran. The ops decide where a value is, so it is the same in every run.
+        moves: Positions of inputs that another device needs, with that device.
+        places: Whether each input was on the CPU when `moves` were found; None for what is no
+            tensor. Ops decide where a value is, some by how large it is in a run.
     """
 
     call: Call
@@ -39,7 +40,8 @@ class Step:
     weights: tuple[tuple[int, ir.Value], ...]
     bodies: "tuple[tuple[str, Plan, tuple[int, ...]], ...]" = ()
     host: frozenset[int] = frozenset()
-    moves: tuple[tuple[int, torch.device], ...] | None = None
+    moves: tuple[tuple[int, torch.device], ...] = ()
+    places: list[bool | None] | None = None
 
     @property
     def reads(self) -> Iterable[int]:

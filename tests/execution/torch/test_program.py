@@ -305,3 +305,21 @@ def test_items_of_sequences_take_the_programs_type() -> None:
     program = Program.from_subgraph(build(text), dtype=torch.bfloat16)
     ones = np.ones(2, np.float32)
     assert program({"s": [torch.ones(2)], "x": ones})["y"].dtype == torch.bfloat16
+
+
+def test_what_must_be_moved_depends_on_the_size_of_a_run() -> None:
+    """Short ranges of indices stay on the CPU, long ones do not, and what they meet follows."""
+    model = build("""g (int64[N] x) => (int64[N] y) {
+        s = Shape(x)
+        n = Squeeze(s)
+        zero = Constant<value_int = 0>()
+        one = Constant<value_int = 1>()
+        r = Range(zero, n, one)
+        t = Add(r, s)
+        y = Max(t, x)
+    }""")
+    program = Program.from_subgraph(model, device="meta")
+    for length in (3, 3000, 3):
+        found = program({"x": np.zeros(length, np.int64)})["y"]
+        assert found.shape == (length,)
+        assert found.device.type == "meta"
