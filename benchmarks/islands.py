@@ -18,7 +18,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -72,12 +72,14 @@ class Arm:
         saliency: By what they are chosen.
         task: Whether they are chosen for questions and answers, rather than for the outputs.
         smaller: By how much blocks are smaller: what uniform quantization does with more bits.
+        stored: Whether codes of 3 bits count the 4 that they are stored in.
     """
 
     kind: IslandKind | None = None
     saliency: Saliency = Saliency.TACQ
     task: bool = False
     smaller: int = 1
+    stored: bool = False
 
 
 ARMS: Final[Mapping[str, Arm]] = {
@@ -92,6 +94,7 @@ ARMS: Final[Mapping[str, Arm]] = {
     },
     **{f"column {m.value}": Arm(IslandKind.COLUMN, m) for m in (Saliency.QAL, Saliency.RANDOM)},
     "block slim": Arm(IslandKind.BLOCK, Saliency.SLIM),
+    "node tacq, stored": Arm(IslandKind.NODE, stored=True),
     **{f"{kind.value} tacq, task": Arm(kind, task=True) for kind in IslandKind},
 }
 
@@ -121,14 +124,33 @@ class Setting:
         return cls(workload.task.build(), exclude, calls, task, device)
 
 
-def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileOptions:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the weights of a scheme may take.
+
+    Attributes:
+        bits: Of a weight, islands included.
+        elements: Of all weights.
+    """
+
+    bits: float
+    elements: int
+
+    def budget(self, *, stored: bool) -> IslandBudget:
+        """Return it as the compiler is asked for it."""
+        if stored:
+            return IslandBudget(nbytes=int(self.bits * self.elements / 8))
+        return IslandBudget(average_bits=self.bits)
+
+
+def options_of(scheme: str, arm: Arm, room: Room, setting: Setting) -> CompileOptions:
     """Return what an arm asks the compiler for."""
     calls, task = setting.calls, setting.task
     head, _, block = scheme.partition(":b")
     scheme = f"{head}:b{int(block) // arm.smaller}" if block else scheme
     islands = None
     if arm.kind is not None:
-        islands = IslandRequest(arm.saliency, IslandBudget(average_bits=bits), arm.kind)
+        islands = IslandRequest(arm.saliency, room.budget(stored=arm.stored), arm.kind)
     source = None
     if arm.task and task is not None:
         tokenizer = task.with_name("tokenizer.json")
@@ -148,9 +170,9 @@ def options_of(scheme: str, arm: Arm, bits: float, setting: Setting) -> CompileO
     )
 
 
-def base_bits(scheme: str, setting: Setting) -> float:
-    """Return the bits per weight of a scheme alone."""
-    request = IslandRequest(Saliency.RANDOM, IslandBudget(fraction=1e-9))
+def room_of(scheme: str, setting: Setting) -> Room:
+    """Return what the weights of a scheme alone take."""
+    request = IslandRequest(Saliency.RANDOM, IslandBudget(fraction=1e-9), IslandKind.COLUMN)
     calibration = CalibrationOptions(str(setting.calls))
     found = map_islands(
         setting.source,
@@ -162,7 +184,7 @@ def base_bits(scheme: str, setting: Setting) -> float:
             equalization=EqualizationOptions(None),
         ),
     )
-    return found.average_bits_without
+    return Room(found.average_bits_without, found.elements)
 
 
 def score(source: ModelSource, workload: Int8Workload, limit: int) -> Facts:
@@ -224,20 +246,21 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
     with tempfile.TemporaryDirectory() as folder:
         task = write_task(Path(folder), *_CONDITIONED) if name in WITH_TASK else None
         print(f"{name} float: {record['float']}", flush=True)
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.seeds):
             calls = Path(folder) / f"calls{seed}"
             calls.mkdir()
             calls.with_name(f"{calls.name}-gradients").mkdir()
             write_calls(calls, some_calls(workload, seed, arguments.calls))
             setting = Setting.make(workload, calls, task, arguments.device)
             for scheme in [each for each in MODELS[name] if each in arguments.schemes]:
-                base = base_bits(scheme, setting)
+                alone = room_of(scheme, setting)
                 for label, extra in _cells(arguments):
                     key = f"{scheme} {label}{f' +{extra:g}' if extra else ''} seed {seed}"
                     arm = ARMS[label]
                     if (arm.task and task is None) or (arguments.resume and results.arm(name, key)):
                         continue
-                    options = options_of(scheme, arm, base + extra, setting)
+                    room = replace(alone, bits=alone.bits + extra)
+                    options = options_of(scheme, arm, room, setting)
                     facts = measure(workload, options, limit, setting)
                     results.put(name, key, facts)
                     print(f"{name} {key}: {json.dumps(facts)}", flush=True)
@@ -263,7 +286,7 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
         write_calls(calls, some_calls(workload, 0, 2))
         block = 64
         setting = Setting.make(workload, calls, None, arguments.device)
-        base, source = base_bits(f"w2a16:b{block}", setting), setting.source
+        alone, source = room_of(f"w2a16:b{block}", setting), setting.source
         arms = {f"uniform {bits}": (f"w{bits}a16:b{block}", Arm(), 0.0) for bits in (2, 3, 4)}
         for kind in IslandKind:
             for extra in arguments.extra:
@@ -272,7 +295,8 @@ def measure_latency(name: str, arguments: argparse.Namespace, results: Results) 
                 arms[f"{kind.value} +{extra:g}"] = (f"w2a16:b{block}", arm, extra)
         for label, (scheme, arm, extra) in arms.items():
             output = Path(folder) / "compiled.onnx"
-            options = options_of(scheme, arm, base + extra, setting)
+            room = replace(alone, bits=alone.bits + extra)
+            options = options_of(scheme, arm, room, setting)
             compile_model(source, options, output=output)
             facts = {
                 what: latency_ratio(source, output, feeds())
@@ -313,7 +337,7 @@ def _rows(arms: Mapping[str, Facts], prefix: str) -> dict[str, dict[str, str]]:
         if key.startswith(prefix):
             label = key.removeprefix(prefix).rpartition(" seed ")[0]
             groups.setdefault(label, []).append(facts)
-    tasks = [f"{task} {what}" for task in _SCORED for what in ("accuracy", "margin")]
+    tasks = [f"{task} {what}" for task in _SCORED for what in ("accuracy", "margin", "loss")]
     columns = ("bits", "stored_bits", "score", "sqnr_db", *tasks, "share", "seconds")
     return {
         label: {column: _middle(found, column) for column in columns}
@@ -334,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_names(parser, "--arms", list(ARMS))
     parser.add_argument("--extra", type=_numbers, default=[0.1, 0.35], help="Bits per weight.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="To go on with others.")
     parser.add_argument("--calls", type=int, help="To round on, at most; else half of all.")
     parser.add_argument("--device", default="cpu", help="Where PyTorch computes.")
     parser.add_argument("--latency", action="store_true", help="Time kinds of islands instead.")

@@ -2,17 +2,19 @@
 
     python -m benchmarks.reconstruction_peers --peers autoround --schemes w2a16:b64 --device cuda
 
-A peer runs where this does, and must be installed: `auto-round`, `gptqmodel`. It quantizes the
-transformers module (codes with zero points in blocks of input channels, the tied embedding and
-output layer in float) on the windows that our own arms learn from. What its codes stand for is
-put into the ONNX model in place of the float weights and scored as our arms are. Seconds are those
-of quantizing alone. Results go to benchmarks/results/reconstruction_peers.json and .md.
+A peer runs where this does, and must be installed: `auto-round`, `gptqmodel`, `onnxruntime`,
+`onnxsim`. It quantizes the model of transformers, onnxsim that of ONNX (codes with zero points,
+onnxsim's without, in blocks of input channels, the tied embedding and output layer in float) on the
+windows that our own arms learn from. What its codes stand for is put into the ONNX model in place
+of the float weights and scored as our arms are. Seconds are those of quantizing alone. Results go
+to benchmarks/results/reconstruction_peers.json and .md.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -105,11 +107,101 @@ def gptqmodel(
         return found, seconds
 
 
+def onnxruntime(
+    windows: Windows, bits: int, block: int, _arguments: argparse.Namespace
+) -> tuple[Weights, float]:
+    """Return weights by the GPTQ that ONNX Runtime bundles, and seconds.
+
+    It runs the whole model anew for every weight, and offers 4 bits alone. Here its rounding is
+    given the Hessians that it would come to from one run. Of 4 bits it takes new scales for what
+    was rounded, and so does this.
+    """
+    from onnxruntime.quantization.neural_compressor.weight_only import gptq, qdq_tensor
+
+    begin = perf_counter()
+    module = smollm2.module("folded")
+    hessians = _second_moments(module, windows)
+    found = {}
+    for name, weight in _linears(module).items():
+        hessian = 2 / len(windows) * hessians[name]
+        rounded = gptq(weight.T.copy(), hessian, bits, block, "asym").T
+        if bits == 4:
+            padded = np.pad(rounded, ((0, 0), (0, -rounded.shape[1] % block)))
+            rounded = qdq_tensor(padded, bits, block, "asym", "uint")[:, : rounded.shape[1]]
+        found[name] = rounded.astype(np.float32)
+    return found, perf_counter() - begin
+
+
+def _second_moments(module: Any, windows: Windows) -> dict[str, npt.NDArray[np.float64]]:
+    """Return `X^T X` of what every linear of a module multiplies, by name of its weight."""
+    import torch
+
+    sums: dict[str, Any] = {}
+
+    def add(name: str, _linear: Any, inputs: Sequence[Any]) -> None:
+        rows = inputs[0].flatten(0, -2)
+        sums[name] = sums.get(name, 0) + (rows.mT @ rows).double()
+
+    handles = [
+        linear.register_forward_pre_hook(partial(add, name))
+        for name, linear in module.named_modules()
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head"
+    ]
+    with torch.no_grad():
+        for window in windows:
+            module(torch.from_numpy(window[None]))
+    for handle in handles:
+        handle.remove()
+    return {f"{name}.weight": total.numpy() for name, total in sums.items()}
+
+
+def onnxsim(
+    windows: Windows, _bits: int, block: int, _arguments: argparse.Namespace
+) -> tuple[Weights, float]:
+    """Return weights by onnxsim's GPTQ, and seconds."""
+    import onnxsim as peer  # type: ignore[import-not-found]
+
+    model = onnx.load(INT8_WORKLOADS[MODEL].task.build())
+    calls = [
+        {"input_ids": each[None], "attention_mask": np.ones_like(each[None])} for each in windows
+    ]
+    begin = perf_counter()
+    quantized = peer.apply_gptq(model, peer.quantize_weight_only_int4(model), calls)
+    seconds = perf_counter() - begin
+    before, after = (
+        {node.output[0]: node.input[1] for node in each.graph.node if node.op_type == "MatMul"}
+        for each in (model, quantized)
+    )
+    floats = {tensor.name: tensor for tensor in model.graph.initializer}
+    codes = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    made = {node.output[0]: node for node in quantized.graph.node}
+    names = _parameters()
+    found = {}
+    for output, weight in before.items():
+        name = (
+            names.get(numpy_helper.to_array(floats[weight]).tobytes()) if weight in floats else None
+        )
+        if name is not None:
+            code, scale = (numpy_helper.to_array(codes[each]) for each in made[after[output]].input)
+            values = code.astype(np.float32) * np.repeat(scale, block, axis=0)
+            found[name] = np.ascontiguousarray(values.T)
+    return found, seconds
+
+
 PEERS: Final[Mapping[str, Callable[..., tuple[Weights, float]]]] = {
     "autoround": autoround,
     "gptqmodel": gptqmodel,
+    "onnxruntime": onnxruntime,
+    "onnxsim": onnxsim,
 }
-PACKAGES: Final = {"autoround": "auto-round", "gptqmodel": "gptqmodel"}
+OFFERED: Final = {"onnxsim": ("w4a16:b32",)}
+"""What peers can do that cannot do all."""
+PACKAGES: Final = {
+    "autoround": "auto-round",
+    "gptqmodel": "gptqmodel",
+    "onnxruntime": "onnxruntime",
+    "onnxsim": "onnxsim",
+}
 
 
 def _tokenizer() -> Any:
@@ -129,13 +221,18 @@ def _linears(module: Any) -> Weights:
     }
 
 
+def _parameters() -> dict[bytes, str]:
+    """Return the name of every linear's weight by its bytes as the ONNX model has it."""
+    return {array.T.tobytes(): name for name, array in _linears(smollm2.module("folded")).items()}
+
+
 def carry_back(source: Path, weights: Weights, output: Path) -> int:
     """Write the ONNX model with the weights of the module's linears; return how many it took.
 
     Raises:
         ValueError: A linear's float weight is in no initializer, or has none of the new ones.
     """
-    truths = {array.T.tobytes(): name for name, array in _linears(smollm2.module("folded")).items()}
+    truths = _parameters()
     model = onnx.load(source)
     taken = set()
     for tensor in model.graph.initializer:
@@ -210,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for peer in chosen.peers:
         for scheme in chosen.schemes:
             arm = f"{scheme} {peer}"
-            if chosen.resume and results.arm(MODEL, arm):
+            possible = scheme in OFFERED.get(peer, SCHEMES)
+            if not possible or (chosen.resume and results.arm(MODEL, arm)):
                 continue
             facts = measure(peer, scheme, windows, chosen)
             results.put(MODEL, arm, facts)

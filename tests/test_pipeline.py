@@ -14,7 +14,7 @@ from qcompiler.passes.reconstruct.round_weights import RoundWeights
 from qcompiler.pipeline import PASSES, pass_named, pipeline
 from qcompiler.plan import make_plan, with_data
 from qcompiler.quant.compute_type import ComputeType
-from qcompiler.quant.islands import IslandBudget, IslandRequest, Saliency
+from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.rewriting.stages import Stage
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.targets.registry import TARGETS
@@ -99,7 +99,7 @@ def test_a_bound_is_judged_on_what_regions_were_left() -> None:
 def test_what_is_held_out_chooses_nothing() -> None:
     """Neither ranges, nor codes, nor islands see the calls that are going to judge."""
     model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
-    islands = IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.0))
+    islands = IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.0), IslandKind.COLUMN)
     options = CompileOptions(calibration="random:8", scheme="w8a8", islands=islands)
     found = {}
     for held_out in (False, True):
@@ -152,7 +152,7 @@ def test_nothing_is_equalized_for_float_weights() -> None:
 
 
 def test_islands_come_before_rounding_and_imply_it() -> None:
-    request = IslandRequest(Saliency.TACQ, IslandBudget(fraction=0.01))
+    request = IslandRequest(Saliency.TACQ, IslandBudget(fraction=0.01), IslandKind.COLUMN)
     options = CompileOptions(scheme="w4a16", calibration="random", islands=request)
     model = build("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }")
     plan = with_data(make_plan(options), model, lambda: "")

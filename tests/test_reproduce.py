@@ -12,7 +12,7 @@ from qcompiler.cli.main import main
 from qcompiler.compile import compile_model
 from qcompiler.errors import UsageError
 from qcompiler.options import CalibrationOptions, CompileOptions, TaskOptions
-from qcompiler.quant.islands import IslandBudget, IslandRequest, Saliency
+from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 from qcompiler.reproduce import reproduce
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
@@ -97,7 +97,7 @@ def test_what_was_made_for_a_task_is_identical(alone: bool, tmp_path: Path) -> N
         scheme="w2a16:b32",
         task=few,
         calibration=given,
-        islands=IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.6)),
+        islands=IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.6), IslandKind.COLUMN),
     )
     made = compile_model(SOURCE, options, output=tmp_path / "o.onnx")
     # How many samples are read, the manifest says.

@@ -63,15 +63,18 @@ def score_task(
 
     Returns:
         `accuracy`; `margin`, the finer measure: the log likelihood per token of the right answer
-        less the mean of the others', over all questions. Chance has 0.
+        less the mean of the others', over all questions (chance has 0); `loss`, minus the log
+        likelihood per token of the right answer, which is what a task's gradient is of.
     """
     tokenizer = _tokenizer(cache_dir)
-    hits, margins = [], []
+    hits, margins, losses = [], [], []
     for each in questions(name, cache_dir)[:count]:
         found = _likelihoods(session, tokenizer, each)
         hits.append(found.argmax() == each.answer)
         margins.append(found[each.answer] - np.delete(found, each.answer).mean())
-    return {"accuracy": float(np.mean(hits)), "margin": float(np.mean(margins))}
+        losses.append(-found[each.answer])
+    measures = {"accuracy": hits, "margin": margins, "loss": losses}
+    return {what: float(np.mean(numbers)) for what, numbers in measures.items()}
 
 
 def questions(name: str, cache_dir: Path | None = None) -> Sequence[Question]:
@@ -100,12 +103,12 @@ def _likelihoods(session: Session, tokenizer: "Tokenizer", question: Question) -
 
 def _commonsense_qa(cache_dir: Path | None) -> Iterator[Question]:
     for row in _rows("commonsense_qa.jsonl", cache_dir):
-        yield from _lettered(f"Question: {row['question']}\nAnswer:", row)
+        yield from _lettered(f"Q: {row['question']}\nA:", row)
 
 
 def _siqa(cache_dir: Path | None) -> Iterator[Question]:
     for row in _rows("siqa.jsonl", cache_dir):
-        yield from _lettered(f"{row['passage']}\nQuestion: {row['question']}\nAnswer:", row)
+        yield from _lettered(f"{row['passage']}\nQ: {row['question']}\nA:", row)
 
 
 def _lettered(prompt: str, row: Mapping[str, str]) -> Iterator[Question]:

@@ -18,7 +18,7 @@ from qcompiler.passes.assign.island_subjects import (
     element_bits,
 )
 from qcompiler.quant.arithmetic import dequantize
-from qcompiler.quant.islands import IslandKind, IslandRequest, quantized_bits
+from qcompiler.quant.islands import NODE_BITS, IslandKind, IslandRequest, quantized_bits
 from qcompiler.quant.knapsack import Option, choose_options
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
 from qcompiler.quant.scheme import QScheme
@@ -33,10 +33,10 @@ from qcompiler.reconstruction.island_choice import (
 )
 from qcompiler.reconstruction.island_scores import ScoredWeights
 from qcompiler.reconstruction.starting_point import CodedWeight
+from qcompiler.rewriting.legality import opset_of
 from qcompiler.targets.capability import Resolution, Target, resolve
 from qcompiler.targets.site_requests import request_for
 
-_BITS: Final = (2, 3, 4, 8)
 _FRACTIONS: Final = (0.0035, 0.01, 0.02)
 
 
@@ -68,6 +68,7 @@ class Planner:
         scored: Scores of the weights.
         weights: The weights as codes, by name.
         range_method: How ranges are chosen where schemes are tried.
+        opset: Of the model: which codes can be written.
     """
 
     request: IslandRequest
@@ -76,6 +77,7 @@ class Planner:
     scored: ScoredWeights
     weights: Mapping[str, CodedWeight]
     range_method: RangeMethod
+    opset: int
 
     def plan(self) -> IslandPlan:
         """Choose.
@@ -173,7 +175,7 @@ class Planner:
         assert scheme is not None
         if scheme.block_size is None or scheme.block_size >= site.reduction:
             return None
-        for bits in _BITS:
+        for bits in NODE_BITS:
             if bits >= 2 * scheme.weight_bits:
                 found = self._resolved(site, bits, scheme.block_size)
                 size = None if found is None or not found.scheme else found.scheme.block_size
@@ -182,11 +184,16 @@ class Planner:
         return None
 
     def _resolved(self, site: Site, bits: int, block_size: int | None) -> Resolution | None:
-        """Return what the target runs a site at with so many bits, None where it cannot."""
+        """Return what the target runs a site at with so many bits, None where it cannot.
+
+        Nor can a model that was converted to an opset without these codes.
+        """
         wanted = QScheme(bits, block_size=block_size)
         resolution = resolve(self.target, request_for(site, wanted, tied=False, in_body=False))
         found = resolution.scheme
-        return resolution if found is not None and found.weight_bits == bits else None
+        if found is None or found.weight_bits != bits or opset_of(found) > self.opset:
+            return None
+        return resolution
 
     def _whole_weights(self) -> IslandPlan:
         """Give whole weights their bits: the exact solution over predicted damage."""
@@ -227,7 +234,7 @@ class Planner:
         planned = scheme_of(site.node)
         width = site.tensor.dtype.bitwidth
         block = None if planned is None else planned.block_size
-        for bits in _BITS:
+        for bits in NODE_BITS:
             # At 8 bits one scale for an output channel is enough.
             found = self._resolved(site, bits, None if bits == 8 else block)
             if planned is not None and bits == planned.weight_bits:

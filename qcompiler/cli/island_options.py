@@ -32,10 +32,8 @@ def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--island-kind",
             type=click.Choice(["weight", "column", "block", "node"]),
-            default="column",
-            show_default=True,
             help="What an island is: single weights, input channels, blocks of these, or a whole "
-            "weight.",
+            "weight.  [default: node; column with --island-fraction]",
         ),
         click.option("--average-bits", type=float, metavar="B", help="Of a weight, with islands."),
         click.option("--budget-bytes", metavar="SIZE", help="The same in bytes, such as 90MB."),
@@ -67,7 +65,7 @@ def islands_of(values: dict[str, Any]) -> "IslandRequest | None":
     """
     from qcompiler.quant.islands import IslandBudget, IslandKind, IslandRequest, Saliency
 
-    saliency, kind = values.pop("islands"), IslandKind(values.pop("island_kind"))
+    saliency, kind = values.pop("islands"), values.pop("island_kind")
     size, unit = values.pop("budget_bytes"), values.pop("island_unit")
     bits, fraction = values.pop("average_bits"), values.pop("island_fraction")
     if saliency in (None, "none"):
@@ -76,7 +74,9 @@ def islands_of(values: dict[str, Any]) -> "IslandRequest | None":
             raise UsageError(message, hint="add --islands tacq")
         return None
     nbytes = None if size is None else parse_size(size)
-    return IslandRequest(Saliency(saliency), IslandBudget(bits, nbytes, fraction), kind, unit)
+    budget = IslandBudget(bits, nbytes, fraction)
+    kind = budget.usual_kind if kind is None else IslandKind(kind)
+    return IslandRequest(Saliency(saliency), budget, kind, unit)
 
 
 def task_of(values: dict[str, Any]) -> "TaskOptions | None":

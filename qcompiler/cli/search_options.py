@@ -55,7 +55,7 @@ def search_of(values: dict[str, Any]) -> "SearchRequest | None":
 
     saliency, kind = values.pop("islands") or "tacq", values.pop("island_kind")
     fraction, size = values.pop("island_fraction"), values.pop("budget_bytes")
-    if fraction is not None or kind != "column":
+    if fraction is not None or kind is not None:
         option = "--island-kind" if fraction is None else "--island-fraction"
         message = "a search tries input channels and whole weights, within bits or bytes"
         raise UsageError(message, where=option, hint="leave it out")

@@ -8,6 +8,7 @@ count 3 for `average_bits`; `nbytes` counts the containers.
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite, prod
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,10 @@ class IslandKind(StrEnum):
     """Groups of input channels, as large as a quantization block, at twice the bits or more."""
     NODE = "node"
     """Whole weights at 16, 8, 4, 3 or 2 bits."""
+
+
+NODE_BITS: Final = (2, 3, 4, 8)
+"""What whole weights are given, beside float."""
 
 
 class Saliency(StrEnum):
@@ -94,6 +99,11 @@ class IslandBudget:
             hint = "give --average-bits 3.1, --budget-bytes 90MB, or --island-fraction 0.0035"
             raise UsageError(message, where="--islands", hint=hint)
 
+    @property
+    def usual_kind(self) -> IslandKind:
+        """What islands are made of where nobody says: whole weights, which have no fraction."""
+        return IslandKind.NODE if self.fraction is None else IslandKind.COLUMN
+
     def room(self, base: int, elements: int, island_elements: int) -> int:
         """Return what islands may cost: bits, or elements where a fraction is the budget.
 
@@ -136,7 +146,7 @@ class IslandRequest:
 
     saliency: Saliency
     budget: IslandBudget
-    kind: IslandKind = IslandKind.COLUMN
+    kind: IslandKind
     unit: int = 1
 
 

@@ -10,7 +10,7 @@ compute_type = "float16"      # or "bfloat16": what floats are cast to; the mode
 
 [islands]                     # parts of weights that keep more bits; absent keeps none
 saliency = "tacq"             # by what they are chosen
-kind = "column"               # weight, column, block or node
+kind = "node"                 # weight, column, block or node
 average_bits = 3.1            # or budget_bytes, or fraction
 
 [[rule]]
@@ -405,7 +405,7 @@ def _island_request(table: Mapping[str, Any], where: str) -> IslandRequest | Non
     return IslandRequest(
         _choice(found, "saliency", Saliency, place) or Saliency.TACQ,
         budget,
-        _choice(found, "kind", IslandKind, place) or IslandKind.COLUMN,
+        _choice(found, "kind", IslandKind, place) or budget.usual_kind,
         numbers.get("unit", 1),
     )
 

@@ -80,7 +80,7 @@ def test_codes_count_their_own_bits_or_their_containers() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.1)),
+        IslandRequest(Saliency.TACQ, IslandBudget(average_bits=3.1), IslandKind.COLUMN),
         IslandRequest(Saliency.QAL, IslandBudget(nbytes=1000), IslandKind.NODE),
         IslandRequest(Saliency.RANDOM, IslandBudget(fraction=0.0035), IslandKind.WEIGHT, 16),
     ],
