@@ -184,7 +184,7 @@ def room_of(scheme: str, setting: Setting) -> Room:
             equalization=EqualizationOptions(None),
         ),
     )
-    return Room(found.average_bits_without, found.elements)
+    return Room(found.average_bits_without, found.weights)
 
 
 def score(source: ModelSource, workload: Int8Workload, limit: int) -> Facts:

@@ -22,13 +22,12 @@ from qcompiler.options import (
     requested_recipe,
     with_islands,
 )
-from qcompiler.quant.islands import NODE_BITS, IslandKind
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.recipe import Recipe
 from qcompiler.quant.reconstruction import BlockReconstruction
 from qcompiler.quant.scheme import Activations, QScheme
 from qcompiler.rewriting.base import Pass
-from qcompiler.rewriting.legality import opset_of
+from qcompiler.rewriting.legality import OPSET_OF
 from qcompiler.rewriting.user_pass import RunUserPass
 from qcompiler.rewriting.work_folder import windows_in
 from qcompiler.targets.capability import Target
@@ -128,8 +127,7 @@ def make_plan(options: CompileOptions) -> Plan:
     if recipe.islands is not None:
         options = with_islands(options)
     schemes = [recipe.default, *(rule.scheme for rule in recipe.rules)]
-    written = [*schemes, *_schemes_of_islands(recipe, target)]
-    opset = max(target.opset_min, *(opset_of(scheme) for scheme in written))
+    opset = max(target.opset_min, *(_opset_for(scheme) for scheme in schemes))
     opset = opset if recipe.compute_type is None else max(opset, recipe.compute_type.opset)
     static = any(scheme and scheme.activations is Activations.STATIC for scheme in schemes)
     _require_integers(target, schemes)
@@ -311,8 +309,10 @@ def _bound(options: CompileOptions, *, static: bool) -> OutputBound | None:
     return bound
 
 
-def _schemes_of_islands(recipe: Recipe, target: Target) -> list[QScheme]:
-    """Return what whole weights may be given in place of the recipe's schemes."""
-    if recipe.islands is None or recipe.islands.kind is not IslandKind.NODE:
-        return []
-    return [scheme for scheme in map(QScheme, NODE_BITS) if target.has_integers(scheme)]
+def _opset_for(scheme: QScheme | None) -> int:
+    """Return the opset in which a scheme's codes can be written, blocked or not."""
+    blocked = OPSET_OF["block_size"]
+    if scheme is None:
+        return blocked
+    stored = scheme.weight_type.onnx_name
+    return max(blocked, OPSET_OF.get(stored, blocked))

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.task_calls import Task
 from qcompiler.errors import ModelError
-from qcompiler.ir.dataflow import standard_opset
 from qcompiler.ir.provenance import ISLANDS
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.assign.island_subjects import RULE, Subjects, find_subjects
@@ -167,13 +166,7 @@ class AssignIslands(Pass):
             scored = ScoredWeights(scoring, gradients, scores)
             scored.compute(start, list(weights.values()), of_channels, inner.progress)
             yield Planner(
-                options.request,
-                subjects,
-                options.target,
-                scored,
-                weights,
-                options.range_method,
-                standard_opset(model),
+                options.request, subjects, options.target, scored, weights, options.range_method
             )
 
     def _scoring(self) -> "Scoring":

@@ -18,7 +18,7 @@ from qcompiler.passes.assign.island_subjects import (
     element_bits,
 )
 from qcompiler.quant.arithmetic import dequantize
-from qcompiler.quant.islands import NODE_BITS, IslandKind, IslandRequest, quantized_bits
+from qcompiler.quant.islands import IslandKind, IslandRequest, quantized_bits
 from qcompiler.quant.knapsack import Option, choose_options
 from qcompiler.quant.ranges import RangeMethod, quantize_tensor
 from qcompiler.quant.scheme import QScheme
@@ -33,10 +33,10 @@ from qcompiler.reconstruction.island_choice import (
 )
 from qcompiler.reconstruction.island_scores import ScoredWeights
 from qcompiler.reconstruction.starting_point import CodedWeight
-from qcompiler.rewriting.legality import opset_of
 from qcompiler.targets.capability import Resolution, Target, resolve
 from qcompiler.targets.site_requests import request_for
 
+_BITS: Final = (2, 3, 4, 8)
 _FRACTIONS: Final = (0.0035, 0.01, 0.02)
 
 
@@ -68,7 +68,6 @@ class Planner:
         scored: Scores of the weights.
         weights: The weights as codes, by name.
         range_method: How ranges are chosen where schemes are tried.
-        opset: Of the model: which codes can be written.
     """
 
     request: IslandRequest
@@ -77,7 +76,6 @@ class Planner:
     scored: ScoredWeights
     weights: Mapping[str, CodedWeight]
     range_method: RangeMethod
-    opset: int
 
     def plan(self) -> IslandPlan:
         """Choose.
@@ -175,7 +173,7 @@ class Planner:
         assert scheme is not None
         if scheme.block_size is None or scheme.block_size >= site.reduction:
             return None
-        for bits in NODE_BITS:
+        for bits in _BITS:
             if bits >= 2 * scheme.weight_bits:
                 found = self._resolved(site, bits, scheme.block_size)
                 size = None if found is None or not found.scheme else found.scheme.block_size
@@ -184,16 +182,11 @@ class Planner:
         return None
 
     def _resolved(self, site: Site, bits: int, block_size: int | None) -> Resolution | None:
-        """Return what the target runs a site at with so many bits, None where it cannot.
-
-        Nor can a model that was converted to an opset without these codes.
-        """
+        """Return what the target runs a site at with so many bits, None where it cannot."""
         wanted = QScheme(bits, block_size=block_size)
         resolution = resolve(self.target, request_for(site, wanted, tied=False, in_body=False))
         found = resolution.scheme
-        if found is None or found.weight_bits != bits or opset_of(found) > self.opset:
-            return None
-        return resolution
+        return resolution if found is not None and found.weight_bits == bits else None
 
     def _whole_weights(self) -> IslandPlan:
         """Give whole weights their bits: the exact solution over predicted damage."""
@@ -230,14 +223,18 @@ class Planner:
         )
 
     def _choices(self, site: Site) -> Iterator[tuple[Resolution | None, int]]:
-        """Yield what a weight can have, and what each takes; float at the end."""
+        """Yield what a weight can have, and what each takes; float at the end.
+
+        No weight gets fewer bits than it has: damage is predicted to first order, and what others
+        would gain by the bits of one was measured not to make up for what that one loses.
+        """
         planned = scheme_of(site.node)
+        assert planned is not None
         width = site.tensor.dtype.bitwidth
-        block = None if planned is None else planned.block_size
-        for bits in NODE_BITS:
+        for bits in (each for each in _BITS if each >= planned.weight_bits):
             # At 8 bits one scale for an output channel is enough.
-            found = self._resolved(site, bits, None if bits == 8 else block)
-            if planned is not None and bits == planned.weight_bits:
+            found = self._resolved(site, bits, None if bits == 8 else planned.block_size)
+            if bits == planned.weight_bits:
                 found = Resolution(planned, site.node.metadata_props.get(PLAN_RULE, ""), "")
             if found is not None and found.scheme is not None:
                 spec = found.scheme.weight_spec(site.granularity(found.scheme))

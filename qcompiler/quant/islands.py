@@ -8,7 +8,6 @@ count 3 for `average_bits`; `nbytes` counts the containers.
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite, prod
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +29,7 @@ class IslandKind(StrEnum):
     BLOCK = "block"
     """Groups of input channels, as large as a quantization block, at twice the bits or more."""
     NODE = "node"
-    """Whole weights at 16, 8, 4, 3 or 2 bits."""
-
-
-NODE_BITS: Final = (2, 3, 4, 8)
-"""What whole weights are given, beside float."""
+    """Whole weights at 16, 8, 4, 3 or 2 bits, none at fewer than its scheme has."""
 
 
 class Saliency(StrEnum):

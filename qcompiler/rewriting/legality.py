@@ -22,7 +22,7 @@ from qcompiler.ir.quantizable import find_sites
 from qcompiler.ir.weights import read_all
 from qcompiler.quant.granularity import Granularity, PerAxis, PerBlock, PerTensor, scale_shape
 from qcompiler.quant.qtype import QType
-from qcompiler.quant.scheme import FLOAT, QScheme, parse_scheme
+from qcompiler.quant.scheme import FLOAT, parse_scheme
 from qcompiler.rewriting.stages import Stage
 
 OPSET_OF: Final = MappingProxyType(
@@ -36,14 +36,6 @@ OPSET_OF: Final = MappingProxyType(
     }
 )
 """First opset of QuantizeLinear and DequantizeLinear with an attribute or an element type."""
-
-
-def opset_of(scheme: QScheme | None) -> int:
-    """Return the opset in which a scheme's codes can be written, blocked or not; None is float."""
-    blocked = OPSET_OF["block_size"]
-    return (
-        blocked if scheme is None else max(blocked, OPSET_OF.get(scheme.weight_type.onnx_name, 0))
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,26 +74,20 @@ def test_a_task_file_is_enough(kind: str, task: Path, run: Run, tmp_path: Path) 
     assert _accuracy(path) > 0.8
 
 
-def test_whole_weights_may_get_fewer_bits_than_the_scheme(
+def test_no_whole_weight_gets_fewer_bits_than_the_scheme(
     task: Path, run: Run, tmp_path: Path
 ) -> None:
-    """Codes of 2 bits take a later opset than those of 3, which the model is converted to."""
+    """What a few would gain by the bits of others does not make up for what these lose."""
     path = tmp_path / "out.onnx"
-    islands = ("--scheme", "w3a16:b32", "--islands", "tacq", "--average-bits", 4.3)
+    islands = ("--scheme", "w3a16:b32", "--islands", "tacq", "--average-bits", 4.6)
     status, _, err = run("compile", *islands, "--calibration", _inputs(task), "-o", path)
     assert status == 0, err
-    model = onnx.load(path)
-    bits = {
-        attribute.i
-        for node in model.graph.node
-        for attribute in node.attribute
-        if node.op_type == "MatMulNBits" and attribute.name == "bits"
-    }
-    assert 2 in bits
-    assert len(bits) > 1
     report = read_report(path.with_suffix(".report.json"))
+    bits = {int(node.scheme[1]) for node in report.nodes if node.scheme.startswith("w")}
+    assert min(bits) == 3
+    assert len(bits) > 1
     assert report.islands is not None
-    assert (report.islands.kind, report.islands.average_bits <= 4.3) == ("node", True)
+    assert report.islands.kind == "node"
 
 
 def test_islands_pay(task: Path, run: Run, tmp_path: Path) -> None:
