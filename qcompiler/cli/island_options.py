@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from qcompiler.quant.islands import IslandRequest
 
 
-_MEASURES: Final = (
-    *("tacq", "qal", "msg", "gradient", "magnitude", "spqr", "slim", "random"),
-    "none",
-)
+_OF_GRADIENTS: Final = ("tacq", "qal", "msg", "gradient")
+_OTHERS: Final = ("magnitude", "spqr", "slim", "random", "none")
 
 
 def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +23,7 @@ def island_options(command: Callable[..., Any]) -> Callable[..., Any]:
     decorators: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option(
             "--islands",
-            type=click.Choice(_MEASURES),
+            type=click.Choice([*_OF_GRADIENTS, *_OTHERS]),
             help="Keep more bits of what a task depends on, chosen by this; takes samples and "
             "PyTorch.  [default: the recipe's]",
         ),
