@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calls import Samples
 from qcompiler.calibration.task_calls import Task
-from qcompiler.errors import ModelError
+from qcompiler.errors import ModelError, UsageError
 from qcompiler.ir.provenance import ISLANDS
 from qcompiler.ir.weights import WeightStore
 from qcompiler.passes.assign.island_subjects import RULE, Subjects, find_subjects
@@ -105,9 +105,18 @@ class AssignIslands(Pass):
             message = "no weight of the model can have islands"
             reason = skips[0].reason if skips else "none is planned to be quantized"
             raise ModelError(message, where=self.label, hint=f"for example: {reason}")
+        self._check_budget(subjects)
         with _scratch(context) as inner:
             rewrites = self._choose_and_write(model, subjects, inner, context.store)
         return PassResult(tuple(rewrites), tuple(skips))
+
+    def _check_budget(self, subjects: Subjects) -> None:
+        """Refuse a budget before minutes of work rather than behind them."""
+        request = self.options.request
+        if request.kind is IslandKind.NODE and request.budget.fraction is not None:
+            message = "whole weights have no fraction of elements in islands"
+            raise UsageError(message, where="--island-fraction", hint="give --average-bits")
+        request.budget.room(subjects.base_bits, subjects.elements, subjects.island_elements)
 
     def _choose_and_write(
         self, model: ir.Model, subjects: Subjects, inner: PassContext, store: WeightStore

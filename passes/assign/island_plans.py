@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 
-from qcompiler.errors import UsageError
 from qcompiler.ir.provenance import RULE as PLAN_RULE
 from qcompiler.ir.provenance import scheme_of
 from qcompiler.ir.quantizable import Site
@@ -190,9 +189,6 @@ class Planner:
 
     def _whole_weights(self) -> IslandPlan:
         """Give whole weights their bits: the exact solution over predicted damage."""
-        if self.request.budget.fraction is not None:
-            message = "whole weights have no fraction of elements in islands"
-            raise UsageError(message, where="--island-fraction", hint="give --average-bits")
         schemes: list[list[Resolution | None]] = []
         options: list[list[Option]] = []
         for at, site in enumerate(self.subjects.sites):

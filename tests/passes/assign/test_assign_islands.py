@@ -311,9 +311,26 @@ def test_a_target_without_sparse_products_names_what_it_has(tmp_path: Path) -> N
         )
 
 
-def test_whole_weights_have_no_fraction(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--average-bits"):
-        Setting(kind=IslandKind.NODE).fraction(0.1).assigned(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "budget", "message"),
+    [
+        *(
+            (kind, IslandBudget(average_bits=2), "which is above --average-bits 2")
+            for kind in IslandKind
+        ),
+        (IslandKind.NODE, IslandBudget(fraction=0.1), "whole weights have no fraction"),
+    ],
+)
+def test_budgets_are_refused_before_anything_is_computed(
+    kind: IslandKind,
+    budget: IslandBudget,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delattr(AssignIslands, "_planner")
+    with pytest.raises(UsageError, match=message):
+        Setting(kind=kind, budget=budget).assigned(tmp_path)
 
 
 @pytest.mark.parametrize("kind", _PARTS)
