@@ -73,6 +73,7 @@ class Arm:
         task: Whether they are chosen for questions and answers, rather than for the outputs.
         smaller: By how much blocks are smaller: what uniform quantization does with more bits.
         stored: Whether codes of 3 bits count the 4 that they are stored in.
+        learned: Whether codes and scales around the islands are learned (CBQ).
     """
 
     kind: IslandKind | None = None
@@ -80,6 +81,7 @@ class Arm:
     task: bool = False
     smaller: int = 1
     stored: bool = False
+    learned: bool = False
 
 
 ARMS: Final[Mapping[str, Arm]] = {
@@ -96,6 +98,13 @@ ARMS: Final[Mapping[str, Arm]] = {
     "block slim": Arm(IslandKind.BLOCK, Saliency.SLIM),
     "node tacq, stored": Arm(IslandKind.NODE, stored=True),
     **{f"{kind.value} tacq, task": Arm(kind, task=True) for kind in IslandKind},
+    "cbq": Arm(learned=True),
+    "cbq, half blocks": Arm(smaller=2, learned=True),
+    **{f"{kind.value} tacq, cbq": Arm(kind, learned=True) for kind in IslandKind},
+    **{
+        f"{kind.value} tacq, task, cbq": Arm(kind, task=True, learned=True)
+        for kind in (IslandKind.WEIGHT, IslandKind.NODE)
+    },
 }
 
 
@@ -160,7 +169,7 @@ def options_of(scheme: str, arm: Arm, room: Room, setting: Setting) -> CompileOp
         exclude=setting.exclude,
         calibration=CalibrationOptions(str(calls)),
         equalization=EqualizationOptions(None),
-        reconstruct=Reconstruction.GPTQ,
+        reconstruct=Reconstruction.CBQ if arm.learned else Reconstruction.GPTQ,
         islands=islands,
         task=source,
         device=setting.device,

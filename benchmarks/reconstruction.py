@@ -188,7 +188,7 @@ def measure_model(name: str, arguments: argparse.Namespace, results: Results) ->
             record["float"] = {"score": score[workload.task.metric]}
         schemes = [scheme for scheme in MODELS[name] if scheme in arguments.schemes]
         for scheme, label, seed in itertools.product(
-            schemes, arguments.arms, range(arguments.seeds)
+            schemes, arguments.arms, range(arguments.first_seed, arguments.seeds)
         ):
             learns = ARMS[label].reconstruct is Reconstruction.CBQ
             key = f"{scheme} {label} seed {seed}"
@@ -243,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="Calls in a step, in place of the preset's.")
     parser.add_argument("--calls", type=int, help="Calls to learn from.")
     parser.add_argument("--seeds", type=int, default=1, help="Runs of each arm that learns.")
+    parser.add_argument("--first-seed", type=int, default=0, help="To go on with others.")
     parser.add_argument("--device", default="cpu", help="Where PyTorch computes.")
     add_scoring(parser)
     chosen = parser.parse_args(arguments)
