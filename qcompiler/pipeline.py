@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Final
 
+from qcompiler.calibration.held_out import spread
 from qcompiler.errors import UsageError
 from qcompiler.options import CalibrationOptions, Reconstruction
 from qcompiler.passes.assign.assign_fallbacks import AssignFallbacks, FallbackOptions
@@ -22,6 +24,7 @@ from qcompiler.passes.canonicalize.lift_constants import LiftConstants
 from qcompiler.passes.canonicalize.verify_canonical import VerifyCanonical
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.passes.equalize.output_check import CheckOptions
 from qcompiler.passes.equalize.suppress_outliers import SuppressOptions, SuppressOutliers
 from qcompiler.passes.lower.cast_types import CastTypes, CastTypesOptions
 from qcompiler.passes.lower.center_activations import CenterActivations
@@ -107,8 +110,31 @@ def _equalize_channels(plan: Plan) -> EqualizeChannels:
             chosen.insert_mul,
             options.memory_budget,
             plan.custom_op_libraries,
+            _check_of_outputs(plan),
         )
     )
+
+
+def _check_of_outputs(plan: Plan) -> CheckOptions | None:
+    """Return how `equalize-channels` compares outputs, if it does.
+
+    Not where codes are chosen by what they compute: that takes far longer than all else.
+    """
+    chosen, options, data = plan.equalization, plan.calibration, plan.data
+    wanted = chosen.check and chosen.method is EqualizationMethod.AUTO
+    if not wanted or plan.reconstruct is not Reconstruction.NONE or not options or not data:
+        return None
+    samples = choosing_samples(plan, data.samples)
+    few = spread(samples, _CHECKING_CALLS)
+    passes: list[Pass] = []
+    if plan.static:
+        # Statistics that are kept are those of the model as it will be, on all calls.
+        ranges = replace(_calibrate_options(plan), samples=few, statistics=None)
+        passes.append(Calibrate(ranges))
+    if plan.correct_bias:
+        passes.append(CorrectBias(replace(_correct_bias(plan).options, samples=few)))
+    passes += _made([*_inserting(plan), *_DYNAMIC], plan)
+    return CheckOptions(tuple(passes), samples, options.memory_budget, plan.custom_op_libraries)
 
 
 def _suppress_outliers(plan: Plan) -> SuppressOutliers:
@@ -252,6 +278,9 @@ def _cast_types(plan: Plan) -> CastTypes:
         )
     )
 
+
+_CHECKING_CALLS: Final = 8
+"""Calls that ranges and corrections come from where equalizing is judged by the outputs."""
 
 PassFactory = Callable[[Plan], Pass]
 

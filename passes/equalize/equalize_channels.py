@@ -1,6 +1,6 @@
 """Moves range between the channels of activations and weights, so that both round better."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final
@@ -19,11 +19,13 @@ from qcompiler.ir.linear_ops import NotFoldableError
 from qcompiler.ir.provenance import EQUALIZED, annotate, scheme_of
 from qcompiler.ir.quantizable import Site, find_sites
 from qcompiler.passes.equalize.group_scales import Choice, ScaleOptions, choose_scales
+from qcompiler.passes.equalize.output_check import CheckOptions, Verdict, check_outputs
 from qcompiler.quant.equalization import InsertMul
 from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from qcompiler.rewriting.stages import Stage
 
 RULE: Final = "equalize-channels"
+CHECKED: Final = "equalized-outputs"
 _EXAMPLES: Final = 256
 """Rows that each op is tried on; half of them choose."""
 
@@ -38,6 +40,7 @@ class EqualizeOptions:
         insert_mul: Where a Mul may be added.
         memory_budget: Bytes the process may take.
         custom_op_libraries: Shared libraries with the kernels of custom operators.
+        check: How the outputs of the quantized model are compared at the end; None is not at all.
     """
 
     samples: Samples
@@ -45,6 +48,7 @@ class EqualizeOptions:
     insert_mul: InsertMul = InsertMul.NEVER
     memory_budget: int = 2 << 30
     custom_op_libraries: tuple[Path, ...] = ()
+    check: CheckOptions | None = None
 
 
 class EqualizeChannels(Pass):
@@ -89,12 +93,22 @@ class EqualizeChannels(Pass):
                 skips.extend(Skip(RULE, node_name(site.node), group) for site in refusal.readers)
             else:
                 groups.append(group)
-        rewrites: list[Rewrite] = []
-        if groups:
-            outcomes = list(self._equalize(model, groups, context))
-            rewrites = [outcome for outcome in outcomes if isinstance(outcome, Rewrite)]
-            skips += [outcome for outcome in outcomes if isinstance(outcome, Skip)]
-        return PassResult(tuple(rewrites), tuple(skips))
+        if not groups:
+            return PassResult((), tuple(skips))
+        plain = model.clone()
+        outcomes = list(self._equalize(model, groups, context))
+        scaled = {group: found for group, found in outcomes if isinstance(found, Rewrite)}
+        skips += [found for _, found in outcomes if isinstance(found, Skip)]
+        if not scaled or self.options.check is None:
+            return PassResult(tuple(scaled.values()), tuple(skips))
+        verdict = check_outputs(plain, model, self.options.check, context)
+        if verdict.equalizes:
+            account = Rewrite(CHECKED, "", f"outputs have {verdict}")
+            return PassResult((account, *scaled.values()), tuple(skips))
+        _undo(model, plain, scaled, verdict)
+        reason = f"all groups together do not make the outputs better: {verdict}"
+        skips += [Skip(CHECKED, rewrite.node, reason) for rewrite in scaled.values()]
+        return PassResult((), tuple(skips))
 
     def _with_mul(self, refusal: Refusal) -> ChannelGroup | str:
         """Return the group that a Mul would make of a refused value, or why there is none."""
@@ -107,7 +121,7 @@ class EqualizeChannels(Pass):
 
     def _equalize(
         self, model: ir.Model, groups: Sequence[ChannelGroup], context: PassContext
-    ) -> Iterator[Rewrite | Skip]:
+    ) -> Iterator[tuple[ChannelGroup, Rewrite | Skip]]:
         options = self.options
         collector = ExampleCollector(
             model,
@@ -124,10 +138,10 @@ class EqualizeChannels(Pass):
             if any(not each.rows.shape[1] for each in examples.values()):
                 first = group.readers[0]
                 reason = f"no sample gives {first.data.name} an element"
-                yield Skip(RULE, node_name(first.site.node), reason)
+                yield group, Skip(RULE, node_name(first.site.node), reason)
                 continue
             choice = choose_scales(group, examples, options.scales)
-            yield self._apply(group, choice, context, taken)
+            yield group, self._apply(group, choice, context, taken)
 
     def _apply(
         self, group: ChannelGroup, choice: Choice, context: PassContext, taken: set[str]
@@ -173,6 +187,18 @@ def _is_wanted(site: Site, model: ir.Model) -> bool:
         and scheme_of(site.node) is not None
         and EQUALIZED not in site.node.metadata_props
     )
+
+
+def _undo(
+    model: ir.Model, plain: ir.Model, scaled: Iterable[ChannelGroup], verdict: Verdict
+) -> None:
+    """Make a model what it was, but for notes of what was found out."""
+    again = {reader.site.node.name for group in scaled for reader in group.readers}
+    notes = {node.name: node.metadata_props.get(EQUALIZED) for node in model.graph}
+    model.graph = plain.graph
+    for node in model.graph:
+        if note := f"no, {verdict}" if node.name in again else notes.get(node.name):
+            annotate(node, equalized=note)
 
 
 def _note(group: ChannelGroup, text: str) -> None:

@@ -239,6 +239,13 @@ def equalization_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Where a Mul may be put in: behind norms without a weight, or anywhere.",
         ),
+        click.option(
+            "--equalize-check/--no-equalize-check",
+            default=True,
+            show_default=True,
+            help="With auto: quantize the model with and without scales, and undo those that its "
+            "outputs gain nothing by.",
+        ),
     ]
     for decorator in reversed(decorators):
         command = decorator(command)
@@ -323,10 +330,11 @@ def equalization_of(values: dict[str, Any]) -> "EqualizationOptions | None":
     alpha = values.pop("equalize_alpha")
     percentile = values.pop("equalize_percentile")
     insert_mul = InsertMul(values.pop("equalize_insert_mul"))
-    if method is None and percentile is None and insert_mul is InsertMul.NORMS:
+    check = values.pop("equalize_check")
+    if method is None and percentile is None and insert_mul is InsertMul.NORMS and check:
         return None
     chosen = None if method == "none" else EqualizationMethod(method or "auto")
-    return EqualizationOptions(chosen, alpha, percentile, insert_mul)
+    return EqualizationOptions(chosen, alpha, percentile, insert_mul, check)
 
 
 def latency_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -102,6 +102,26 @@ def test_planted_outliers_are_undone(planted: Path, calls: Path, tmp_path: Path)
     nodes = report["nodes"]
     assert isinstance(nodes, list)
     assert any(str(node["equalized"]).startswith("by ") for node in nodes)
+    assert "equalized-outputs" in rules_of(report)
+
+
+def rules_of(report: dict[str, object]) -> list[str]:
+    """Return the rules that `equalize-channels` applied or refused by."""
+    passes = report["passes"]
+    assert isinstance(passes, list)
+    (record,) = [each for each in passes if each["name"] == "equalize-channels"]
+    return [each["rule"] for each in (*record["changes"], *record["skips"])]
+
+
+def test_the_check_can_be_left_out(planted: Path, calls: Path, tmp_path: Path) -> None:
+    report = compiled(planted, calls, tmp_path, "--no-equalize-check")
+    assert "equalized-outputs" not in rules_of(report)
+
+
+def test_the_default_is_never_worse_than_without(calls: Path, tmp_path: Path) -> None:
+    for scheme in ("w8a8", "w4a16", "w3a16:b32"):
+        plain = compiled(DIGITS, calls, tmp_path, "--scheme", scheme, "--equalize", "none")
+        assert decibels(compiled(DIGITS, calls, tmp_path, "--scheme", scheme)) >= decibels(plain)
 
 
 def test_without_equalization_the_pass_does_not_run(calls: Path, tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.calibration.calls import Feeds, Samples
-from qcompiler.ir.provenance import annotate
+from qcompiler.ir.provenance import EQUALIZED, annotate
 from qcompiler.ir.shapes import infer_shapes
 from qcompiler.passes.equalize.equalize_channels import EqualizeChannels, EqualizeOptions
 from qcompiler.passes.equalize.group_scales import ScaleOptions
+from qcompiler.passes.equalize.output_check import CheckOptions, Verdict
 from qcompiler.quant.equalization import EqualizationMethod, InsertMul
+from qcompiler.rewriting.base import Numerics, Pass, PassContext, PassResult
+from qcompiler.rewriting.stages import Stage
 from tests.support.graphs import Array, build, initializer, node_named, op_types, random_array
 from tests.support.parity import assert_parity, run_model
 from tests.support.rewrites import assert_idempotent, only_skip, reasons, run_pass
@@ -303,6 +306,75 @@ def test_auto_takes_no_scales_that_gain_little(tmp_path: Path) -> None:
     assert 0.1 < after - before < 0.4
     model = planned(build(NORMED, held), "w4a16:sym")
     assert "no scales make the outputs" in only_skip(run_pass(equalize(), model, tmp_path)).reason
+
+
+class _RoundData(Pass):
+    """Puts the data of `fc` on 255 steps between its extremes: what a real calibration would do."""
+
+    name = "round-data"
+    consumes = produces = Stage.ASSIGNED
+    numerics = Numerics.LOSSY
+
+    def run(self, model: ir.Model, context: PassContext) -> PassResult:
+        node = node_named(model, "fc")
+        data = node.inputs[0]
+        assert data is not None
+        step = np.float32(np.abs(data_of(model, data.name or "")).max() / 127)
+        tape = ir.tape.Tape(model.graph)
+        zero = np.int8(0)
+        grid = [tape.initializer(ir.tensor(v, name=n)) for n, v in (("step", step), ("zero", zero))]
+        codes = tape.op("QuantizeLinear", [data, *grid])
+        node.replace_input_with(0, tape.op("DequantizeLinear", [codes, *grid]))
+        model.graph.sort()
+        return PassResult()
+
+
+def checked(*quantize: Pass) -> EqualizeChannels:
+    options = equalize().options
+    check = CheckOptions(quantize, samples(seed=1))
+    return EqualizeChannels(EqualizeOptions(options.samples, options.scales, check=check))
+
+
+def test_what_the_outputs_gain_by_is_kept_and_both_figures_told(tmp_path: Path) -> None:
+    model = normed()
+    account, rewrite = run_pass(checked(_RoundData()), model, tmp_path).rewrites
+    assert account.rule == "equalized-outputs"
+    before, after = (float(text) for text in _decibels(account.detail))
+    assert after > before + 3
+    assert "(4 calls)" in account.detail
+    assert rewrite.node == "fc"
+    assert op_types(model) == ["LayerNormalization", "MatMul"]
+    ratio = initializer(model, "g") / weights()["g"]
+    assert ratio.max() / ratio.min() > 2
+
+
+def test_what_the_outputs_gain_nothing_by_is_undone(tmp_path: Path) -> None:
+    model = normed()
+    # Nothing is rounded, so that no scales can make the outputs better.
+    result = run_pass(checked(), model, tmp_path)
+    assert not result.rewrites
+    skip = only_skip(result)
+    assert (skip.rule, skip.node) == ("equalized-outputs", "fc")
+    assert "inf dB as they are" in skip.reason
+    for name, values in weights().items():
+        assert np.array_equal(initializer(model, name), values)
+    assert node_named(model, "fc").metadata_props[EQUALIZED].startswith("no, inf dB")
+    assert_idempotent(checked(), normed(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (20.0, 20.3, True),
+        (20.0, 20.2, False),
+        (float("inf"), float("inf"), True),
+        (float("-inf"), 3.0, True),
+        (3.0, float("-inf"), False),
+        (3.0, float("nan"), False),
+    ],
+)
+def test_a_quarter_of_a_decibel_decides(before: float, after: float, *, expected: bool) -> None:
+    assert Verdict(before, after, 1).equalizes is expected
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
