@@ -7,9 +7,9 @@
 `cbq W/O` has windows of W layers that share O; the arms after them are `cbq 2/1` with one thing
 other. What calibrates is not scored. SmolLM2's output layer, and with it the embedding that it is
 tied to, stays in float, as it does in publications and with other tools. Latency is not measured,
-channels are not equalized and nothing falls back. Each arm is scored as ONNX Runtime runs it; with
-`--device`, where nothing but weights is quantized, as PyTorch runs it there. Results go to
-benchmarks/results/reconstruction.json, the tables to reconstruction.md.
+nothing falls back, and channels are equalized only where the arm says by what. Each arm is scored
+as ONNX Runtime runs it; with `--device`, where nothing but weights is quantized, as PyTorch runs it
+there. Results go to benchmarks/results/reconstruction.json, the tables to reconstruction.md.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarks.runtime import Feeds, output_sqnr, session_factory
 from benchmarks.torch_session import source_on
 from qcompiler import CompileOptions, compile_model
 from qcompiler.options import CalibrationOptions, EqualizationOptions, Reconstruction
+from qcompiler.quant.equalization import EqualizationMethod
 from qcompiler.quant.ranges import RangeMethod
 from qcompiler.quant.reconstruction import (
     PRESETS,
@@ -68,11 +69,13 @@ class Arm:
         reconstruct: As the compiler calls it.
         weight_range: How the start's scales are chosen.
         changes: Fields of `BlockReconstruction` that are not those of the preset.
+        equalize: How channels are equalized before.
     """
 
     reconstruct: Reconstruction
     weight_range: RangeMethod = RangeMethod.WEIGHTED_MSE
     changes: Mapping[str, Any] = field(default_factory=dict)
+    equalize: EqualizationMethod | None = None
 
 
 def _cbq(**changes: Any) -> Arm:
@@ -101,6 +104,11 @@ ARMS: Final[Mapping[str, Arm]] = {
     "smallest blocks": _cbq(layers=False),
     "bfloat16": _cbq(compute=Compute.BFLOAT16),
     "288 steps": _cbq(steps=PRESETS[Preset.BEST].steps),
+    **{
+        f"{how.value}, {method.value}": Arm(how, equalize=method)
+        for how in (Reconstruction.GPTQ, Reconstruction.CBQ)
+        for method in (EqualizationMethod.AUTO, EqualizationMethod.CFP)
+    },
 }
 
 
@@ -128,7 +136,7 @@ def measure(source: Path, workload: Int8Workload, scheme: str, arm: Arm, common:
         exclude=workload.task.same_nodes_exclude or (),
         target="emulation" if scheme in EMULATED else "onnxruntime",
         calibration=CalibrationOptions(str(common.calls)),
-        equalization=EqualizationOptions(None),
+        equalization=EqualizationOptions(arm.equalize),
         correct_bias=False,
         weight_range=arm.weight_range,
         reconstruct=arm.reconstruct,
